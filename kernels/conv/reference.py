@@ -1,0 +1,55 @@
+"""The short causal convolution in plain torch: the formula, and the slot-addressed operations built from it.
+
+A depthwise convolution over the last W inputs of every channel, followed by SiLU (Gated Delta Networks, arXiv
+2412.06464, section 3.4).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """Convolve ``window [..., T + W - 1, D]`` down to ``[..., T, D]``; the arithmetic keeps the window's dtype."""
+    width = weight.shape[1]
+    length = window.shape[-2] - width + 1
+    taps = weight.to(window.dtype)
+    y = window[..., :length, :] * taps[:, 0]
+    for tap in range(1, width):
+        y = y + window[..., tap : tap + length, :] * taps[:, tap]
+    if bias is not None:
+        y = y + bias.to(window.dtype)
+    return functional.silu(y) if activation == "silu" else y
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    history: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = "silu",
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution and activation of whole sequences; differentiable.
+
+    ``y[t, d] = silu(bias[d] + sum_w weight[d, w] * x[t - (W - 1) + w, d])`` with the ``history`` standing before ``x``.
+
+    Args:
+        x: ``[B, T, D]``, any float dtype; arithmetic in float32 (float64 for float64).
+        weight: ``[D, W]``, oldest tap first.
+        history: the W - 1 inputs before ``x``, oldest first, ``[B, W - 1, D]``; zeros if None.
+        bias: ``[D]`` or None.
+        activation: ``"silu"`` or None.
+
+    Returns:
+        ``y [B, T, D]`` and the last W - 1 inputs ``[B, W - 1, D]``, both in the dtype of ``x``.
+    """
+    width = weight.shape[1]
+    if history is None:
+        history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    window = torch.cat([history.to(x.dtype), x], dim=1)
+    y = _convolve(window.to(_compute_dtype(x)), weight, bias, activation)
+    return y.to(x.dtype), window[:, window.shape[1] - (width - 1) :]
