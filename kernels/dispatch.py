@@ -1,0 +1,85 @@
+"""Which implementation of an operation runs, and how operations are made known to torch.
+
+Every operation has a reference in plain torch and a Triton version. `choose` picks one by the tensor's device,
+`declare` and `describe` let an engine log what it will run, and `custom_op` registers an operation in the `qwen3next::`
+namespace, so that compiled graphs see it as one opaque node with a fake implementation.
+"""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+REFERENCE = "reference"
+TRITON = "triton"
+
+Implementation = str | Callable[[], str]
+
+_LIBRARY = torch.library.Library("qwen3next", "FRAGMENT")  # kept alive: its registrations go when it goes
+_DECLARED: dict[str, dict[str, Implementation]] = {}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), that is, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose(tensor: torch.Tensor, backend: str | None) -> str:
+    """The implementation that runs for `tensor`: "reference" or "triton".
+
+    `backend` None means Triton on CUDA tensors and the reference elsewhere; a name is taken at its word.
+    Raises ValueError for an unknown name, and for "triton" on a CPU tensor outside Triton's interpreter.
+    """
+    if backend is None:
+        return TRITON if tensor.is_cuda else REFERENCE
+    if backend == TRITON and not tensor.is_cuda and not interpreting():
+        raise ValueError(
+            f"backend='triton' was asked for a tensor on {tensor.device}: give CUDA tensors, or set TRITON_INTERPRET=1 "
+            "before triton is imported"
+        )
+    if backend not in (REFERENCE, TRITON):
+        raise ValueError(f"backend is {backend!r}; it must be None, {REFERENCE!r} or {TRITON!r}")
+    return backend
+
+
+def declare(op: str, *, cuda: Implementation = TRITON, cpu: Implementation = REFERENCE) -> None:
+    """Say what `op` runs automatically on each device type: a short text, or a function giving it when it is asked for.
+
+    Called by each operation's package when it is imported; declaring an operation again replaces what was said.
+    """
+    _DECLARED[op] = {"cuda": cuda, "cpu": cpu}
+
+
+def describe(device_type: str) -> dict[str, str]:
+    """Operation name -> the implementation and config that runs on `device_type` ("cuda" or "cpu"), sorted by name.
+
+    Imports every operation's package, so that all of them have declared. Raises ValueError for another device type.
+    """
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f"device_type is {device_type!r}; it must be 'cuda' or 'cpu'")
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg:
+            importlib.import_module(f"{__package__}.{module.name}")
+    texts = ((op, by_device[device_type]) for op, by_device in sorted(_DECLARED.items()))
+    return {op: text() if callable(text) else text for op, text in texts}
+
+
+def custom_op(
+    implementation: Callable[..., Any], fake: Callable[..., Any], mutates_args: Sequence[str] = ()
+) -> torch._ops.OpOverload:
+    """Register `implementation` as `qwen3next::<its name>` with `fake` for tracing; returns the callable overload.
+
+    The schema comes from the annotations. A plain library definition is used rather than `torch.library.custom_op`,
+    whose Python autograd wrapper costs several microseconds a call: these operations serve, they do not train.
+    """
+    name = implementation.__name__
+    schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates_args))
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"qwen3next::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.qwen3next, name).default

@@ -1,0 +1,79 @@
+"""Routing and the mixture of experts as formulas: differentiable torch, quick enough on a CPU for small models."""
+
+import torch
+from torch.nn import functional
+
+from ..gemm.reference import dequantize_block
+
+
+def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over all experts, the top_k largest, optionally renormalised to sum 1.
+
+    router_logits [M, E] -> (weights [M, top_k], ids [M, top_k] int32), largest first; float32 inside and out (float64
+    stays float64). Experts are ranked by logit, which softmax keeps; among equal logits the lower expert index comes
+    first, NaN counts as -inf.
+    Fedus et al., Switch Transformers, 2021, section 2.1, with k experts.
+    """
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    rank = logits.detach().masked_fill(logits.isnan(), float("-inf"))
+    ids = rank.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = torch.softmax(logits, dim=-1).gather(-1, ids)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, ids.to(torch.int32)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for gate_up [..., 2I] = gate | up; float32 inside, gate_up's dtype out.
+
+    Shazeer, GLU Variants Improve Transformer, 2020.
+    """
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]), e = topk_ids[m,k]; e < 0 adds nothing.
+
+    x [M, H], w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I], ids and weights [M, k] -> [M, H] in x's dtype.
+    FP8 weights come with block factors and are dequantised; their products run in float32.
+    """
+    tokens, top_k = topk_ids.shape
+    compute = x.dtype if w13_scale is None else torch.promote_types(x.dtype, torch.float32)
+    flat = topk_ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat.clamp(min=-1) + 1, minlength=w13.shape[0] + 1).tolist()
+    skipped = counts[0]
+    outputs = [x.new_zeros(skipped, x.shape[1], dtype=compute)]
+    begin = skipped
+    for expert, count in enumerate(counts[1:]):
+        if count == 0:
+            continue
+        rows = order[begin : begin + count] // top_k
+        up, down = w13[expert], w2[expert]
+        if w13_scale is not None and w2_scale is not None:
+            up = dequantize_block(up, w13_scale[expert], compute)
+            down = dequantize_block(down, w2_scale[expert], compute)
+        outputs.append(functional.linear(swiglu(functional.linear(x[rows].to(compute), up)), down))
+        begin += count
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    pairs = torch.cat(outputs)[inverse].view(tokens, top_k, x.shape[1])
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    return torch.einsum("mkh,mk->mh", pairs.to(accumulate), topk_weights.to(accumulate)).to(x.dtype)
+
+
+def add_shared_expert(
+    routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor
+) -> torch.Tensor:
+    """routed + sigmoid(x @ gate_weight.T) * shared; all [M, H], gate_weight [1, H]; float32 inside, routed's dtype out."""
+    dtype = torch.promote_types(routed.dtype, torch.float32)
+    gate = torch.sigmoid(functional.linear(x.to(dtype), gate_weight.to(dtype)))
+    return (routed.to(dtype) + gate * shared.to(dtype)).to(routed.dtype)
