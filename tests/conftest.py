@@ -1,9 +1,9 @@
 """The test session: where kernels run, how many examples are tried, what is skipped without a GPU.
 
 On a machine without CUDA the Triton kernels run under Triton's interpreter, which a kernel picks when it is decorated.
-The variable is therefore set here, before any module of the project is imported. Engine processes must not inherit it:
-start them with `tests.helpers.engine_environment()`. `make test` also runs the end-to-end tests in a pytest of their own
-with TRITON_INTERPRET=0.
+The variable is therefore set here, before any module of the project is imported. Engine processes must not inherit
+it: start them with `tests.helpers.engine_environment()`. `make test` also runs the end-to-end tests in a pytest of
+their own with TRITON_INTERPRET=0.
 """
 
 import os
