@@ -1,0 +1,134 @@
+"""config.json for checkpoints of this project: named shapes in the layout of the published one."""
+
+from typing import Any
+
+from qwen3next_plugin.errors import SettingsError
+
+# As published for Qwen/Qwen3-Next-80B-A3B-Instruct; small shapes say only how they differ.
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "num_nextn_predict_layers": 1,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 10_000_000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 151936,
+}
+
+_TINY: dict[str, Any] = {
+    "head_dim": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "linear_key_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 32,
+    "max_position_embeddings": 4096,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "shared_expert_intermediate_size": 32,
+    "vocab_size": 320,
+}
+
+# Every size a FP8 block cuts is a multiple of 128, also with the experts of a layer split over two GPUs.
+_BLOCKS: dict[str, Any] = {
+    "head_dim": 128,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _TINY,
+    "ratio1": _TINY | {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
+    "ratio2": _TINY | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "ratio4": _TINY | {"linear_num_key_heads": 2, "linear_num_value_heads": 8},
+    "deep": _TINY | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4},
+    "dense": _TINY | {"mlp_only_layers": [0, 3]},
+    "blocks": _TINY | _BLOCKS,
+    # The published layer shapes with few layers and experts: real kernels' sizes in 0.9 GB.
+    "slice": {"num_hidden_layers": 4, "num_experts": 16, "vocab_size": 4096, "max_position_embeddings": 32768},
+    "80b": {},
+}
+
+
+def config_of(shape: str, dtype: str = "bfloat16", fp8: bool = False, **overrides: Any) -> dict[str, Any]:
+    """The content of config.json for a named shape.
+
+    Args:
+        shape: a key of ``SHAPES``.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        fp8: say that linear layers are quantised in 128x128 blocks.
+        overrides: fields of config.json to set on top.
+
+    Raises:
+        SettingsError: an unknown shape or dtype.
+    """
+    if shape not in SHAPES:
+        raise SettingsError(f"shape: {shape!r} is not known: use one of {', '.join(SHAPES)}.")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise SettingsError(f"dtype: {dtype!r} cannot be written: use bfloat16, float16 or float32.")
+    config = PUBLISHED | SHAPES[shape] | {"torch_dtype": dtype} | overrides
+    if config["vocab_size"] < PUBLISHED["vocab_size"]:
+        # The tokenizer's three special tokens stand behind its 256 bytes: see tokenizer.byte_tokenizer.
+        config |= {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": 256} | overrides
+    if fp8:
+        config["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": _unquantised(config),
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        }
+    return config
+
+
+def _unquantised(config: dict[str, Any]) -> list[str]:
+    """The modules that an FP8 checkpoint leaves alone: head, routers, gates, the small b/a projection and the MTP layer's ``fc``."""
+    names = ["lm_head"]
+    interval = config["full_attention_interval"]
+    for i in range(config["num_hidden_layers"]):
+        linear = ["linear_attn.conv1d", "linear_attn.in_proj_ba"] if (i + 1) % interval else []
+        names += [f"model.layers.{i}.{tail}" for tail in (*linear, "mlp.gate", "mlp.shared_expert_gate")]
+    if config["num_nextn_predict_layers"]:
+        names += ["mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.mlp.shared_expert_gate"]
+    return names
