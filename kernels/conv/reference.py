@@ -53,3 +53,60 @@ def causal_conv(
     window = torch.cat([history.to(x.dtype), x], dim=1)
     y = _convolve(window.to(_compute_dtype(x)), weight, bias, activation)
     return y.to(x.dtype), window[:, window.shape[1] - (width - 1) :]
+
+
+def causal_conv1d_prefill(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+    activation: str | None,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_prefill`; arguments are checked there."""
+    columns = weight.shape[1] - 1
+    rows = zip(query_start.tolist(), query_end.tolist(), state_slots.tolist(), has_initial_state.tolist(), strict=True)
+    for start, end, slot, has_history in rows:
+        if end <= start or slot < 0:
+            continue
+        history = conv_state[slot, :, :columns].T[None] if has_history else None
+        y, new_history = causal_conv(x[None, start:end], weight, history, bias, activation)
+        out[start:end] = y[0]
+        conv_state[slot, :, :columns] = new_history[0].T
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    num_accepted_tokens: Tensor | None,
+    max_query_len: int,
+    out: Tensor,
+    activation: str | None,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there.
+
+    Rows of one length are computed together, so an ordinary decode batch is one vectorised step.
+    """
+    columns = weight.shape[1] - 1
+    lengths = torch.where(state_slots >= 0, query_end - query_start, 0).clamp(max=max_query_len)
+    for length in range(1, max_query_len + 1):
+        rows = (lengths == length).nonzero()  # [R, 1]: broadcasts against columns and tokens
+        if rows.numel() == 0:
+            continue
+        slots = state_slots.long()[rows]
+        tokens = query_start[rows] + torch.arange(length, device=x.device)
+        first = 0 if num_accepted_tokens is None else num_accepted_tokens[rows] - 1
+        history = conv_state[slots, :, first + torch.arange(columns, device=x.device)]
+        window = torch.cat([history.to(x.dtype), x[tokens]], dim=1)
+        out[tokens] = _convolve(window.to(_compute_dtype(x)), weight, bias, activation).to(out.dtype)
+        kept = torch.arange(columns - 1 + length, device=x.device)
+        conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)

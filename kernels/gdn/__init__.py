@@ -1,0 +1,219 @@
+"""The gated delta rule over slot-addressed state: chunked prefill, decode by one token, verification of draft tokens.
+
+Tokens are rows of ``mixed_qkv [T, conv_dim]``, the convolution's output: q | k | v flat, head after head. q and k are
+L2-normalised here (eps 1e-6) and q is scaled by ``K ** -0.5``; the decay and the write strength come from a and b
+(:func:`.reference.gdn_gates`). Value head h uses key head ``h // (HV / HK)``. The formula is that of Gated Delta
+Networks (arXiv 2412.06464, section 3); arithmetic and the running state are float32 whatever the state's dtype.
+
+Rows are token ranges ``[query_start[n], query_end[n])`` of a flat batch, disjoint and in any order. Empty rows and rows
+with a negative slot are skipped: nothing of theirs is read or written. Tokens in no range keep what ``out`` held.
+No two rows of a call may share a slot that one of them writes.
+"""
+
+from torch import Tensor
+
+from ..dispatch import TRITON, choose, declare
+from . import reference
+from .validation import check_decode_rows, check_prefill_rows, check_tokens, check_verify_rows
+
+__all__ = ["gdn_decode", "gdn_prefill", "gdn_verify"]
+
+declare("gdn_prefill")
+declare("gdn_decode")
+declare("gdn_verify")
+
+
+def gdn_prefill(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    ssm_state: Tensor,
+    *,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+    backend: str | None = None,
+) -> None:
+    """Run whole token ranges through the delta rule in chunks and leave the final state in each row's slot, in place.
+
+    Args:
+        mixed_qkv: ``[T, 2 * HK * K + HV * V]`` float32, float16 or bfloat16, any strides.
+        a, b: ``[T, HV]``, any strides; ``A_log``, ``dt_bias``: ``[HV]``.
+        ssm_state: ``[S, HV, V, K]``, any strides, float32, float16 or bfloat16.
+        num_k_heads: HK.
+        query_start, query_end: ``[N]`` integers; ``state_slots`` ``[N]`` integers, any stride.
+        max_query_len: no row is longer; it bounds the launch grid.
+        has_initial_state: ``[N]`` bool; where false the state starts from zero and the slot is not read.
+        out: ``[T, HV, V]``, any strides.
+        backend: None (Triton on CUDA, else the reference), ``"reference"`` or ``"triton"``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
+    rows = check_prefill_rows(mixed_qkv, query_start, query_end, max_query_len, state_slots, has_initial_state)
+    chosen = choose(mixed_qkv, backend)
+    if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
+        return
+    if chosen == TRITON:
+        from . import triton_prefill
+
+        run = triton_prefill.gdn_prefill
+    else:
+        run = reference.gdn_prefill
+    gates = (a, b, A_log, dt_bias)
+    run(
+        mixed_qkv,
+        gates,
+        ssm_state,
+        num_k_heads,
+        query_start,
+        query_end,
+        max_query_len,
+        state_slots,
+        has_initial_state,
+        out,
+    )
+
+
+def gdn_decode(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    ssm_state: Tensor,
+    *,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    out: Tensor,
+    backend: str | None = None,
+) -> None:
+    """One new token a row: the state of each row's slot is read, advanced and written back.
+
+    Arguments as for :func:`gdn_prefill`; of a row that is longer than one token only the first is taken.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+    """
+    check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
+    rows = check_decode_rows(mixed_qkv, query_start, query_end, state_slots)
+    _recurrent(
+        rows,
+        mixed_qkv,
+        (a, b, A_log, dt_bias),
+        ssm_state,
+        num_k_heads,
+        query_start,
+        query_end,
+        1,
+        state_slots,
+        state_slots.unsqueeze(1),
+        out,
+        ssm_state,
+        backend,
+    )
+
+
+def gdn_verify(
+    mixed_qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    ssm_state: Tensor,
+    *,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    initial_slots: Tensor,
+    output_slots: Tensor,
+    out: Tensor,
+    output_state: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """A few tokens a row (the last accepted one and its drafts), keeping the state after each of them.
+
+    Rollback is the choice of ``output_slots[n, j]``, j the last accepted token, as the next initial slot.
+
+    Args:
+        max_query_len: no row is longer, at most M; it may be a host constant of a captured graph.
+        initial_slots: ``[N]`` integers, any stride: where in ``ssm_state`` the rows start; a row with a negative one is
+            skipped. It may equal one of the row's own output slots.
+        output_slots: ``[N, M]`` integers, any strides: the state after token j goes to slot ``[n, j]`` of
+            ``output_state``, or nowhere if that is negative.
+        output_state: ``[S', HV, V, K]``, any strides; ``ssm_state`` itself if None.
+        Others: as for :func:`gdn_prefill`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or ``max_query_len`` exceeds M.
+    """
+    target = ssm_state if output_state is None else output_state
+    check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
+    rows = check_verify_rows(
+        mixed_qkv, ssm_state, query_start, query_end, max_query_len, initial_slots, output_slots, target
+    )
+    _recurrent(
+        rows,
+        mixed_qkv,
+        (a, b, A_log, dt_bias),
+        ssm_state,
+        num_k_heads,
+        query_start,
+        query_end,
+        max_query_len,
+        initial_slots,
+        output_slots,
+        out,
+        target,
+        backend,
+    )
+
+
+def _recurrent(
+    rows: int,
+    mixed_qkv: Tensor,
+    gates: reference.Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    initial_slots: Tensor,
+    output_slots: Tensor,
+    out: Tensor,
+    output_state: Tensor,
+    backend: str | None,
+) -> None:
+    """Decode and verify are one operation: decode writes the state after its only token back where it came from."""
+    chosen = choose(mixed_qkv, backend)
+    if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
+        return
+    if chosen == TRITON:
+        from . import triton_recurrent
+
+        run = triton_recurrent.gdn_recurrent
+    else:
+        run = reference.gdn_recurrent
+    run(
+        mixed_qkv,
+        gates,
+        ssm_state,
+        num_k_heads,
+        query_start,
+        query_end,
+        max_query_len,
+        initial_slots,
+        output_slots,
+        out,
+        output_state,
+    )

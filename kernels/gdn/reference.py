@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+Gates = tuple[Tensor, Tensor, Tensor, Tensor]
+"""a ``[T, HV]``, b ``[T, HV]``, A_log ``[HV]``, dt_bias ``[HV]``."""
+
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -36,6 +39,15 @@ def gdn_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Ten
     return g, torch.sigmoid(b.to(dtype))
 
 
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of every row: q, k ``[B, HV, K]``, v ``[B, HV, V]``, g, beta ``[B, HV]``, state ``[B, HV, V, K]``."""
+    state = state * g.exp()[..., None, None]
+    recalled = (state @ k[..., None]).squeeze(-1)
+    written = beta[..., None] * (v - recalled)
+    state = state + written[..., None] * k[..., None, :]
+    return (state @ (q * k.shape[-1] ** -0.5)[..., None]).squeeze(-1), state
+
+
 def delta_rule_recurrent(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -55,19 +67,14 @@ def delta_rule_recurrent(
     dtype = _compute_dtype(q, k, v, g, beta)
     batch, length, heads, value_dim = v.shape
     q, k, wide_v, g, beta = (t.to(dtype) for t in (q, k, v, g, beta))
-    q = q * k.shape[-1] ** -0.5
     if initial_state is None:
         state = wide_v.new_zeros(batch, heads, value_dim, k.shape[-1])
     else:
         state = initial_state.to(dtype)
-    decay = g.exp()
     outputs = []
     for t in range(length):
-        state = state * decay[:, t, :, None, None]
-        recalled = (state @ k[:, t, :, :, None]).squeeze(-1)
-        written = beta[:, t, :, None] * (wide_v[:, t] - recalled)
-        state = state + written[..., None] * k[:, t, :, None, :]
-        outputs.append((state @ q[:, t, :, :, None]).squeeze(-1))
+        o, state = _step(q[:, t], k[:, t], wide_v[:, t], g[:, t], beta[:, t], state)
+        outputs.append(o)
     o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(wide_v)
     return o.to(v.dtype), state
 
@@ -133,3 +140,81 @@ def delta_rule_chunked(
         state = carried[:, :, c] * state + written.transpose(-1, -2) @ into_state[:, :, c]
     o = torch.cat(outputs, dim=2)[:, :, :length].movedim(2, 1)
     return o.to(v.dtype), state
+
+
+def _split_tokens(
+    mixed_qkv: Tensor, gates: Gates, num_k_heads: int, ssm_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``mixed_qkv [..., conv_dim]`` and gates -> q, k ``[..., HV, K]`` (normalised), v ``[..., HV, V]``, g, beta."""
+    _, v_heads, value_dim, key_dim = ssm_state.shape
+    dtype = _compute_dtype(mixed_qkv)
+    keys = num_k_heads * key_dim
+    q, k, v = mixed_qkv.to(dtype).split([keys, keys, v_heads * value_dim], dim=-1)
+    group = v_heads // num_k_heads
+    q, k = (l2_normalize(t.unflatten(-1, (num_k_heads, key_dim))).repeat_interleave(group, dim=-2) for t in (q, k))
+    a, b, A_log, dt_bias = gates
+    return q, k, v.unflatten(-1, (v_heads, value_dim)), *gdn_gates(a.to(dtype), b.to(dtype), A_log, dt_bias)
+
+
+def gdn_prefill(
+    mixed_qkv: Tensor,
+    gates: Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.gdn.gdn_prefill`; arguments are checked there."""
+    a, b, A_log, dt_bias = gates
+    rows = zip(query_start.tolist(), query_end.tolist(), state_slots.tolist(), has_initial_state.tolist(), strict=True)
+    for start, end, slot, has_state in rows:
+        if end <= start or slot < 0:
+            continue
+        own_gates = (a[None, start:end], b[None, start:end], A_log, dt_bias)
+        tokens = _split_tokens(mixed_qkv[None, start:end], own_gates, num_k_heads, ssm_state)
+        o, final_state = delta_rule_chunked(*tokens, initial_state=ssm_state[slot, None] if has_state else None)
+        out[start:end] = o[0].to(out.dtype)
+        ssm_state[slot] = final_state[0].to(ssm_state.dtype)
+
+
+def gdn_recurrent(
+    mixed_qkv: Tensor,
+    gates: Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    initial_slots: Tensor,
+    output_slots: Tensor,
+    out: Tensor,
+    output_state: Tensor,
+) -> None:
+    """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
+
+    All rows advance together, one token at a time; the rows still running are those longer than j.
+    """
+    a, b, A_log, dt_bias = gates
+    lengths = torch.where(initial_slots >= 0, query_end - query_start, 0).clamp(max=max_query_len)
+    rows = (lengths > 0).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return
+    state = ssm_state[initial_slots[rows].long()].to(_compute_dtype(mixed_qkv))
+    for j in range(int(lengths.max())):
+        running = lengths[rows] > j
+        if not bool(running.all()):
+            rows, state = rows[running], state[running]
+        at = query_start[rows].long() + j
+        tokens = _split_tokens(mixed_qkv[at], (a[at], b[at], A_log, dt_bias), num_k_heads, ssm_state)
+        o, state = _step(*tokens, state)
+        out[at] = o.to(out.dtype)
+        slots = output_slots[rows, j].long()
+        kept = slots >= 0
+        if bool(kept.all()):
+            output_state[slots] = state.to(output_state.dtype)
+        else:
+            output_state[slots[kept]] = state[kept].to(output_state.dtype)
