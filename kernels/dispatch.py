@@ -5,13 +5,17 @@ Every operation has a reference in plain torch and a Triton version. `choose` pi
 namespace, so that compiled graphs see it as one opaque node with a fake implementation.
 """
 
+import functools
 import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 REFERENCE = "reference"
 TRITON = "triton"
@@ -68,18 +72,26 @@ def describe(device_type: str) -> dict[str, str]:
     return {op: text() if callable(text) else text for op, text in texts}
 
 
-def custom_op(
-    implementation: Callable[..., Any], fake: Callable[..., Any], mutates_args: Sequence[str] = ()
-) -> torch._ops.OpOverload:
-    """Register `implementation` as `qwen3next::<its name>` with `fake` for tracing; returns the callable overload.
+def custom_op(*, fake: Callable[P, R], mutates_args: Sequence[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: register a function as `qwen3next::<its name>`, with `fake` for tracing, and call it through torch.
 
     The schema comes from the annotations. A plain library definition is used rather than `torch.library.custom_op`,
     whose Python autograd wrapper costs several microseconds a call: these operations serve, they do not train.
     """
-    name = implementation.__name__
-    schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates_args))
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CPU")
-    _LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"qwen3next::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.qwen3next, name).default
+
+    def register(implementation: Callable[P, R]) -> Callable[P, R]:
+        name = implementation.__name__
+        schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates_args))
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, implementation, key)
+        torch.library.register_fake(f"qwen3next::{name}", fake, lib=_LIBRARY)
+        overload = getattr(torch.ops.qwen3next, name).default
+
+        @functools.wraps(implementation)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return overload(*args, **kwargs)
+
+        return call
+
+    return register

@@ -1,0 +1,122 @@
+"""Routing, the mixture of experts and the shared expert's gate, as custom ops."""
+
+import torch
+
+from .. import dispatch
+from ..gemm.policy import activation_text, quantizes_activations
+from . import reference
+from .check import check_fused_moe, check_route, check_shared
+
+dispatch.declare("route")
+dispatch.declare("fused_moe", cuda=lambda: f"triton ({activation_text()})")
+dispatch.declare("add_shared_expert")
+
+
+def _route_fake(
+    router_logits: torch.Tensor, top_k: int, renormalize: bool, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (router_logits.shape[0], top_k)
+    return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
+
+
+@dispatch.custom_op(fake=_route_fake)
+def route(
+    router_logits: torch.Tensor, top_k: int, renormalize: bool, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over all experts, then the top_k largest, then (if asked) renormalised to sum 1; float32 inside.
+
+    router_logits [M, E] bf16/fp16/fp32, E <= 1024, rows may be strided -> (weights [M, top_k] float32, ids [M, top_k]
+    int32), largest first. Ties: the lower expert index comes first; a NaN logit ranks as -inf and makes the row's
+    weights NaN. Raises ValueError for shapes that do not fit. Shazeer et al. 2017, section 2.1; Fedus et al. 2021,
+    section 2.1.
+    """
+    check_route(router_logits, top_k)
+    if dispatch.choose(router_logits, backend) == dispatch.REFERENCE:
+        weights, ids = reference.route(router_logits, top_k, renormalize)
+        return weights.to(torch.float32), ids
+    from . import triton
+
+    return triton.route(router_logits, top_k, renormalize)
+
+
+def _fused_moe_fake(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    *,
+    quantize_activations: bool | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@dispatch.custom_op(fake=_fused_moe_fake)
+def fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    *,
+    quantize_activations: bool | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]) with e = topk_ids[m,k].
+
+    x [M, H] bf16/fp16/fp32; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] of x's dtype, or float8_e4m3fn
+    with block factors w13_scale and w2_scale [E, ceil(rows/b), ceil(cols/b)] float32, where b is 128 or, told by the
+    scale's shape, a smaller power of two; topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are
+    skipped (-1 under expert parallelism). quantize_activations rounds the inputs of both products to FP8 by 1x128
+    groups (FP8 weights only); None decides by the rows an expert gets on average and the GPU, and never rounds on a
+    CPU. Each token's experts are summed in a fixed order: equal inputs give equal bits. Returns [M, H] in x's dtype.
+    Raises ValueError for shapes or dtypes that do not fit.
+    Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
+    """
+    check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        return reference.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, bool(quantize_activations))
+    from . import triton
+
+    if quantize_activations is None:
+        rows = topk_ids.numel() // max(w13.shape[0], 1)
+        quantize_activations = w13_scale is not None and quantizes_activations(rows, x.device)
+    return triton.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)
+
+
+def _add_shared_expert_fake(
+    routed: torch.Tensor,
+    shared: torch.Tensor,
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    return routed.new_empty(routed.shape)
+
+
+@dispatch.custom_op(fake=_add_shared_expert_fake)
+def add_shared_expert(
+    routed: torch.Tensor,
+    shared: torch.Tensor,
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """routed + sigmoid(x @ gate_weight.T) * shared, float32 inside.
+
+    routed, shared and x [M, H] of one dtype, rows may be strided; gate_weight [1, H]. Returns a contiguous [M, H].
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    check_shared(routed, shared, x, gate_weight)
+    if dispatch.choose(routed, backend) == dispatch.REFERENCE:
+        return reference.add_shared_expert(routed, shared, x, gate_weight).contiguous()
+    from . import triton
+
+    return triton.add_shared_expert(routed, shared, x, gate_weight)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from ..gemm.reference import dequantize_block
+from ..gemm.reference import dequantize_block, dequantize_tokens, quantize_tokens
 
 
 def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,14 +40,21 @@ def fused_moe(
     topk_ids: torch.Tensor,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
+    quantize_activations: bool = False,
 ) -> torch.Tensor:
     """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]), e = topk_ids[m,k]; e < 0 adds nothing.
 
     x [M, H], w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I], ids and weights [M, k] -> [M, H] in x's dtype.
-    FP8 weights come with block factors and are dequantised; their products run in float32.
+    FP8 weights come with block factors and are dequantised; their products run in float32. With quantize_activations
+    the inputs of both products are rounded to FP8 by groups of 1x128.
     """
     tokens, top_k = topk_ids.shape
     compute = x.dtype if w13_scale is None else torch.promote_types(x.dtype, torch.float32)
+
+    def entering(rows: torch.Tensor) -> torch.Tensor:
+        values = rows.to(compute)
+        return dequantize_tokens(*quantize_tokens(values), compute) if quantize_activations else values
+
     flat = topk_ids.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat.clamp(min=-1) + 1, minlength=w13.shape[0] + 1).tolist()
@@ -62,7 +69,7 @@ def fused_moe(
         if w13_scale is not None and w2_scale is not None:
             up = dequantize_block(up, w13_scale[expert], compute)
             down = dequantize_block(down, w2_scale[expert], compute)
-        outputs.append(functional.linear(swiglu(functional.linear(x[rows].to(compute), up)), down))
+        outputs.append(functional.linear(entering(swiglu(functional.linear(entering(x[rows]), up))), down))
         begin += count
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     pairs = torch.cat(outputs)[inverse].view(tokens, top_k, x.shape[1])
@@ -73,7 +80,7 @@ def fused_moe(
 def add_shared_expert(
     routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor
 ) -> torch.Tensor:
-    """routed + sigmoid(x @ gate_weight.T) * shared; all [M, H], gate_weight [1, H]; float32 inside, routed's dtype out."""
+    """routed + sigmoid(x @ gate_weight.T) * shared; all [M, H], gate_weight [1, H]; float32 inside."""
     dtype = torch.promote_types(routed.dtype, torch.float32)
     gate = torch.sigmoid(functional.linear(x.to(dtype), gate_weight.to(dtype)))
     return (routed.to(dtype) + gate * shared.to(dtype)).to(routed.dtype)

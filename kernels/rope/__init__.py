@@ -1,0 +1,117 @@
+"""Query/key normalisation, partial rotary embedding and the output gate of full attention, as custom ops."""
+
+import torch
+
+from .. import dispatch
+from . import reference
+
+dispatch.declare("qk_norm_rope")
+dispatch.declare("sigmoid_gate")
+
+
+def _check(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    width = 2 * (num_heads + num_kv_heads) * head_dim
+    if qkv.dim() != 2 or qkv.shape[1] != width:
+        raise ValueError(
+            f"qk_norm_rope: qkv is {list(qkv.shape)}; with {num_heads} heads (q and gate), {num_kv_heads} kv heads and "
+            f"head_dim {head_dim} it must be [T, {width}]"
+        )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if list(weight.shape) != [head_dim]:
+            raise ValueError(f"qk_norm_rope: {name} is {list(weight.shape)}; it must be [{head_dim}]")
+    if cos_sin.dim() != 2 or cos_sin.shape[1] % 2 or not 0 < cos_sin.shape[1] <= head_dim:
+        raise ValueError(
+            f"qk_norm_rope: cos_sin is {list(cos_sin.shape)}; it must be [P, rotary_dim], rotary_dim even and at most "
+            f"head_dim {head_dim}"
+        )
+    if positions.shape != qkv.shape[:1] or positions.dtype != torch.int64:
+        raise ValueError(
+            f"qk_norm_rope: positions is {list(positions.shape)} {positions.dtype}; it must be [{qkv.shape[0]}] int64"
+        )
+
+
+def _qk_norm_rope_fake(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, q_size, kv_size = qkv.shape[0], num_heads * head_dim, num_kv_heads * head_dim
+    return (
+        qkv.new_empty(tokens, q_size),
+        qkv.new_empty(tokens, kv_size),
+        qkv.new_empty(tokens, kv_size),
+        qkv.new_empty(tokens, q_size),
+    )
+
+
+@dispatch.custom_op(fake=_qk_norm_rope_fake)
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split a fused projection into q, k, v, gate; normalise q and k per head, rotate their first rotary_dim entries.
+
+    qkv [T, 2*NH*D + 2*NKV*D] bf16/fp16/fp32 (per query head q then gate, then k, then v; rows may be strided),
+    q_weight and k_weight [D] zero-centred, cos_sin [P, rotary_dim] float32 = cos half | sin half, positions [T] int64,
+    each in [0, P). Returns q [T, NH*D], k [T, NKV*D], v [T, NKV*D], gate [T, NH*D], contiguous copies in qkv's dtype;
+    norm and rotation run in float32 with no rounding between. Raises ValueError for shapes that do not fit.
+    Su et al., RoFormer, 2021, section 3.2.2, with GPT-NeoX's pairing (i, i + rotary_dim/2).
+    """
+    _check(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    if dispatch.choose(qkv, backend) == dispatch.REFERENCE:
+        q, k, v, gate = reference.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
+        # v and gate are views of qkv, which a custom op must not return
+        copied = {"memory_format": torch.contiguous_format}
+        return q.contiguous(), k.contiguous(), v.clone(**copied), gate.clone(**copied)
+    from . import triton
+
+    return triton.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
+
+
+def _sigmoid_gate_fake(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@dispatch.custom_op(fake=_sigmoid_gate_fake)
+def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """x * sigmoid(gate), float32 inside; x and gate of one shape and dtype, any strides. Returns a contiguous tensor.
+
+    Raises ValueError for shapes or dtypes that differ. Qiu et al., Gated Attention for Large Language Models, 2025.
+    """
+    if x.shape != gate.shape or x.dtype != gate.dtype or x.dim() < 1:
+        raise ValueError(
+            f"sigmoid_gate: x and gate must agree and have a dimension, but are {list(x.shape)} {x.dtype} and "
+            f"{list(gate.shape)} {gate.dtype}"
+        )
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        return reference.sigmoid_gate(x, gate).contiguous()
+    from . import triton
+
+    return triton.sigmoid_gate(x, gate)

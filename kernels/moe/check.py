@@ -1,0 +1,78 @@
+"""Argument checks of the MoE operations: what was given and what would fit, in one sentence."""
+
+import torch
+
+from ..gemm.reference import FP8, block_size
+
+MAX_EXPERTS = 1024  # the router keeps a token's whole row in registers
+
+
+def check_route(router_logits: torch.Tensor, top_k: int) -> None:
+    """Raise ValueError unless router_logits is [M, E] with E <= 1024 and 1 <= top_k <= E."""
+    if router_logits.dim() != 2 or not 1 <= router_logits.shape[1] <= MAX_EXPERTS:
+        raise ValueError(f"route: router_logits is {list(router_logits.shape)}; it must be [M, E], E <= {MAX_EXPERTS}")
+    if not 1 <= top_k <= router_logits.shape[1]:
+        raise ValueError(f"route: top_k is {top_k}; it must be between 1 and the {router_logits.shape[1]} experts")
+
+
+def check_fused_moe(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+    quantize_activations: bool | None,
+) -> None:
+    """Raise ValueError unless the shapes, dtypes and scales fit each other (see `fused_moe`)."""
+    if x.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"fused_moe: x, w13 and w2 are {list(x.shape)}, {list(w13.shape)} and {list(w2.shape)}; they must be "
+            "[M, H], [E, 2I, H] and [E, H, I]"
+        )
+    experts, hidden, inner = w13.shape[0], x.shape[1], w2.shape[2]
+    if list(w13.shape) != [experts, 2 * inner, hidden] or list(w2.shape) != [experts, hidden, inner]:
+        raise ValueError(
+            f"fused_moe: w13 is {list(w13.shape)} and w2 is {list(w2.shape)}; with x {list(x.shape)} and I = {inner} "
+            f"they must be [E, {2 * inner}, {hidden}] and [E, {hidden}, {inner}]"
+        )
+    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"fused_moe: topk_weights is {list(topk_weights.shape)} and topk_ids is {list(topk_ids.shape)}; both must "
+            f"be [{x.shape[0]}, k]"
+        )
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"fused_moe: topk_ids is {topk_ids.dtype}; it must be int32 or int64")
+    if (w13_scale is None) != (w2_scale is None):
+        raise ValueError("fused_moe: give both w13_scale and w2_scale (FP8 weights) or neither")
+    if quantize_activations and w13_scale is None:
+        raise ValueError("fused_moe: quantize_activations needs FP8 weights with w13_scale and w2_scale")
+    expected = x.dtype if w13_scale is None else FP8
+    if w13.dtype != expected or w2.dtype != expected:
+        raise ValueError(
+            f"fused_moe: w13 is {w13.dtype} and w2 is {w2.dtype}; {'without' if w13_scale is None else 'with'} scales "
+            f"both must be {expected}"
+        )
+    for name, weight, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
+        if scale is not None:
+            if scale.dim() != 3 or scale.shape[0] != experts:
+                raise ValueError(
+                    f"fused_moe: {name} is {list(scale.shape)}; it must be [{experts}, row blocks, column blocks]"
+                )
+            block_size(weight, scale, name)
+
+
+def check_shared(routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor) -> None:
+    """Raise ValueError unless routed, shared and x are one [M, H] of one dtype and gate_weight is [1, H]."""
+    if routed.dim() != 2 or shared.shape != routed.shape or x.shape != routed.shape:
+        raise ValueError(
+            f"add_shared_expert: routed, shared and x are {list(routed.shape)}, {list(shared.shape)} and "
+            f"{list(x.shape)}; all must be one [M, H]"
+        )
+    if shared.dtype != routed.dtype or x.dtype != routed.dtype:
+        raise ValueError(f"add_shared_expert: dtypes differ: {routed.dtype}, {shared.dtype} and {x.dtype}")
+    if list(gate_weight.shape) != [1, routed.shape[1]]:
+        raise ValueError(
+            f"add_shared_expert: gate_weight is {list(gate_weight.shape)}; it must be [1, {routed.shape[1]}]"
+        )
