@@ -5,11 +5,11 @@ left out up to 0.32.0, so that the first request with MTP and prefix caching (ma
 with "'function' object is not subscriptable".
 
 What has to hold. A request owns a row of the block table; column c holds the state after (c + 1) * block_size tokens
-once that block is full. A verify step of n tokens that starts at C computed tokens runs in column
-s = ceil((C + n) / block_size) - 1: the recurrent state after its token j goes to column s + j, and all of its convolution
-inputs go to the window of column s, where the history of token j + 1 begins at row j. So "the state after token j" means
-two different copies: the recurrent state whole, from the block of column s + j; the convolution window from the block of
-column s, moved down by j rows.
+once that block is full. A verify step of n tokens that starts at C computed tokens runs in column s =
+ceil((C + n) / block_size) - 1: the recurrent state after its token j goes to column s + j, and all of its convolution
+inputs go to the window of column s, where the history of token j + 1 begins at row j. So "the state after token j"
+means two different copies: the recurrent state whole, from the block of column s + j; the convolution window from the
+block of column s, moved down by j rows.
 
 - before a step (`precopy`): if the step runs in another column than the last one, the state after the last accepted
   token goes there, and the step reads it as if one token had been accepted;
