@@ -1,0 +1,36 @@
+"""The one log line that says the plugin is active in an engine process, and with what."""
+
+from collections.abc import Mapping
+from importlib import metadata
+
+import torch
+
+DISTRIBUTION = "qwen3next-plugin"
+
+
+def plugin_version() -> str:
+    """The installed version of this package; "unknown" when run from a tree that nobody installed."""
+    return _version(DISTRIBUTION) or "unknown"
+
+
+def activation_line(engine: str, engine_version: str, device_name: str, choices: Mapping[str, str]) -> str:
+    """One line: plugin, engine, torch and Triton versions, the device, and each operation's implementation and config.
+
+    ``choices`` is what `kernels.dispatch.describe` returns: operation to a short text. Line breaks inside any argument
+    become spaces, for log readers count on one line.
+    """
+    versions = [
+        f"{engine} {engine_version}",
+        f"torch {torch.__version__}",
+        f"triton {_version('triton') or 'absent'}",
+    ]
+    chosen = ", ".join(f"{operation}={choice}" for operation, choice in choices.items()) or "none"
+    line = f"{DISTRIBUTION} {plugin_version()} active: {', '.join(versions)}; device {device_name}; kernels: {chosen}"
+    return " ".join(line.split())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,79 @@
+"""Every switch of the package in one object, read from ``QWEN3NEXT_*`` environment variables.
+
+Engines start their workers as processes that inherit the environment, so a variable reaches all of them alike.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, cast
+
+from .errors import SettingsError
+
+PREFIX = "QWEN3NEXT_"
+
+Kernels = Literal["auto", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All switches with their defaults; each field's metadata names its variable, its values and what they do."""
+
+    enabled: bool = field(
+        default=True,
+        metadata={
+            "variable": "QWEN3NEXT_PLUGIN",
+            "values": {"1": True, "0": False},
+            "help": "0 leaves the engine as it is: stock model, stock kernels. Default 1.",
+        },
+    )
+    kernels: Kernels = field(
+        default="auto",
+        metadata={
+            "variable": "QWEN3NEXT_KERNELS",
+            "values": {"auto": "auto", "triton": "triton", "reference": "reference"},
+            "help": "auto takes Triton on a GPU and plain torch on a CPU; triton or reference force one of them "
+            "(triton on a CPU needs TRITON_INTERPRET=1). Default auto.",
+        },
+    )
+
+    @property
+    def backend(self) -> str | None:
+        """``kernels`` as the operations' ``backend`` argument: None for automatic."""
+        return None if self.kernels == "auto" else self.kernels
+
+
+def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings that the process's environment (or the mapping given) asks for; empty values count as unset.
+
+    ``QWEN3NEXT_PLUGIN=0`` wins over everything else, so that it works beside a variable that means nothing.
+    Raises SettingsError, one sentence, for an unknown ``QWEN3NEXT_`` variable or a value that is not allowed.
+    """
+    given = {
+        name: value
+        for name, value in (os.environ if environment is None else environment).items()
+        if name.startswith(PREFIX) and value
+    }
+    if given.get("QWEN3NEXT_PLUGIN") == "0":
+        return Settings(enabled=False)
+    values: dict[str, object] = {}
+    for setting in fields(Settings):
+        variable, allowed = setting.metadata["variable"], setting.metadata["values"]
+        text = given.pop(variable, None)
+        if text is None:
+            continue
+        if text not in allowed:
+            raise SettingsError(f"{variable} is {text!r}: use one of {', '.join(allowed)}.")
+        values[setting.name] = allowed[text]
+    if given:
+        known = ", ".join(setting.metadata["variable"] for setting in fields(Settings))
+        raise SettingsError(f"{min(given)} is not a setting of qwen3next-plugin: it reads {known}.")
+    return Settings(enabled=bool(values.get("enabled", True)), kernels=cast(Kernels, values.get("kernels", "auto")))
+
+
+def settings_help() -> str:
+    """One line a variable: its name, the values it takes and what they do."""
+    lines = (
+        f"{s.metadata['variable']}={'|'.join(s.metadata['values'])}: {s.metadata['help']}" for s in fields(Settings)
+    )
+    return "\n".join(lines)
