@@ -1,0 +1,133 @@
+"""One Gated DeltaNet step over a mixed batch: which rows run chunked, which run token by token.
+
+Engines describe a step with two row sets. Rows are token ranges of the flat batch, so prefill, decode and verify rows
+may lie in any order and no token is gathered or copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..conv import causal_conv1d_prefill, causal_conv1d_update
+from . import gdn_decode, gdn_prefill, gdn_verify
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """Rows that continue a prompt: chunked form, final state written back to the row's slot.
+
+    query_start, query_end, state_slots: int32 [N]; has_initial_state: bool [N]; max_query_len: host bound on the lengths.
+    """
+
+    query_start: torch.Tensor
+    query_end: torch.Tensor
+    state_slots: torch.Tensor
+    has_initial_state: torch.Tensor
+    max_query_len: int
+
+
+@dataclass(frozen=True)
+class RecurrentRows:
+    """Rows that decode one token or verify several draft tokens.
+
+    query_start, query_end, conv_slots, initial_slots: int32 [N]; output_slots: int32 [N, M], column j takes the state after
+    token j; num_accepted_tokens: int32 [N] or None, how many tokens of the previous step were kept (1 when None), which
+    is where the convolution's window starts; max_query_len: host bound on the lengths (at most M).
+    """
+
+    query_start: torch.Tensor
+    query_end: torch.Tensor
+    conv_slots: torch.Tensor
+    initial_slots: torch.Tensor
+    output_slots: torch.Tensor
+    num_accepted_tokens: torch.Tensor | None
+    max_query_len: int
+
+
+@dataclass(frozen=True)
+class GdnParameters:
+    """Per-layer constants: conv_weight [conv_dim, W], A_log and dt_bias [num_v_heads] fp32, num_k_heads (this rank's)."""
+
+    conv_weight: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    num_k_heads: int
+
+
+def gdn_step(
+    mixed_qkv: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    params: GdnParameters,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    prefill: PrefillRows | None,
+    recurrent: RecurrentRows | None,
+) -> None:
+    """Convolution and delta rule for every row of a step; states are updated in place, `out` is filled in place.
+
+    mixed_qkv [T, conv_dim] (a column slice of the projection is fine), a and b [T, HV], conv_state [S, conv_dim, L],
+    ssm_state [S, HV, V, K], out [T, HV, V]. Tokens in no row keep what `out` held.
+    """
+    convolved = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+    gates = (a, b, params.A_log, params.dt_bias)
+    if prefill is not None:
+        span = {"query_start": prefill.query_start, "query_end": prefill.query_end, "state_slots": prefill.state_slots}
+        causal_conv1d_prefill(
+            mixed_qkv,
+            params.conv_weight,
+            None,
+            conv_state,
+            has_initial_state=prefill.has_initial_state,
+            out=convolved,
+            **span,
+        )
+        gdn_prefill(
+            convolved,
+            *gates,
+            ssm_state,
+            num_k_heads=params.num_k_heads,
+            max_query_len=prefill.max_query_len,
+            has_initial_state=prefill.has_initial_state,
+            out=out,
+            **span,
+        )
+    if recurrent is not None:
+        ranges = {"query_start": recurrent.query_start, "query_end": recurrent.query_end}
+        causal_conv1d_update(
+            mixed_qkv,
+            params.conv_weight,
+            None,
+            conv_state,
+            state_slots=recurrent.conv_slots,
+            num_accepted_tokens=recurrent.num_accepted_tokens,
+            max_query_len=recurrent.max_query_len,
+            out=convolved,
+            **ranges,
+        )
+        if recurrent.num_accepted_tokens is None:
+            gdn_decode(
+                convolved,
+                *gates,
+                ssm_state,
+                num_k_heads=params.num_k_heads,
+                state_slots=recurrent.initial_slots,
+                out=out,
+                **ranges,
+            )
+        else:
+            gdn_verify(
+                convolved,
+                *gates,
+                ssm_state,
+                num_k_heads=params.num_k_heads,
+                max_query_len=recurrent.max_query_len,
+                initial_slots=recurrent.initial_slots,
+                output_slots=recurrent.output_slots,
+                out=out,
+                **ranges,
+            )

@@ -1,0 +1,54 @@
+"""What is checked before vLLM starts anything: config.json as it was written, and the headers of a local checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.config import HFConfigParser
+
+from qwen3next_plugin.config import parse_config
+from qwen3next_plugin.errors import PluginError
+from qwen3next_plugin.weights import check_checkpoint
+from qwen3next_plugin.weights_shards import check_tensor_parallel
+
+from .refusal import refuse
+from .spec import spec_of
+
+MODEL_TYPE = "qwen3_next"
+
+
+class CheckedConfigParser(HFConfigParser):
+    """Reads config.json as vLLM does, after looking at Qwen3-Next's fields as written.
+
+    transformers fills a missing field with the 80B model's value, so it has to be seen before that.
+    """
+
+    def parse(
+        self, model: str | Path, trust_remote_code: bool, revision: str | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[dict, PreTrainedConfig]:
+        raw, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+        if raw.get("model_type") == MODEL_TYPE:
+            try:
+                parse_config(raw)
+            except PluginError as error:
+                refuse(error)
+        return super().parse(model, trust_remote_code, revision, *args, **kwargs)
+
+
+class CheckedCheckpoint(VerifyAndUpdateConfig):
+    """vLLM's hook for an architecture's settings: here the config with its overrides meets the files."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        directory = Path(vllm_config.model_config.model)
+        try:
+            spec = spec_of(vllm_config)
+            check_tensor_parallel(spec, vllm_config.parallel_config.tensor_parallel_size)
+            if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "hf", "safetensors"):
+                check_checkpoint(directory, spec)
+        except PluginError as error:
+            refuse(error)

@@ -1,0 +1,173 @@
+"""The Gated DeltaNet layer inside vLLM: projections from vLLM's parallel layers, everything between from our kernels."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.kernels.gdn.step import GdnParameters, gdn_step
+from qwen3next_plugin.kernels.norm import rms_norm_gated
+from qwen3next_plugin.weights import shard_fused
+
+from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
+
+GDN_CORE_OP = "vllm::qwen3next_plugin_gdn_core"
+"""Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it must not be captured with the rest."""
+
+
+def gdn_state_shape(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one state block on one rank: the convolution's window (longer by one a draft token) and the fast weights."""
+    gdn = spec.gdn
+    speculative = vllm_config.speculative_config
+    return MambaStateShapeCalculator.gated_delta_net_state_shape(
+        vllm_config.parallel_config.tensor_parallel_size,
+        gdn.num_k_heads,
+        gdn.num_v_heads,
+        gdn.head_k_dim,
+        gdn.head_v_dim,
+        gdn.conv_kernel_size,
+        (speculative.num_speculative_tokens or 0) if speculative else 0,
+    )
+
+
+def gdn_state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of the two states, from --mamba-cache-dtype and --mamba-ssm-cache-dtype."""
+    cache = vllm_config.cache_config
+    return MambaStateDtypeCalculator.gated_delta_net_state_dtype(
+        vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
+    )
+
+
+class Qwen3NextGdnLayer(nn.Module, MambaBase):
+    """Gated DeltaNet with the checkpoint's interleaved projections re-laid flat (q | k | v | z and b | a) at load."""
+
+    def __init__(self, spec: Qwen3NextSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        gdn = spec.gdn
+        self.spec = spec
+        self.prefix = prefix
+        self.vllm_config = vllm_config
+        self.tp_rank, self.tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.num_v_heads = gdn.num_v_heads // self.tp_size
+        self.conv_dim = gdn.conv_dim // self.tp_size
+        self.head_v_dim = gdn.head_v_dim
+        quant_config = vllm_config.quant_config
+        self.in_proj_qkvz = MergedColumnParallelLinear(
+            spec.hidden_size,
+            [gdn.key_dim, gdn.key_dim, gdn.value_dim, gdn.value_dim],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj_qkvz",
+        )
+        self.in_proj_ba = MergedColumnParallelLinear(
+            spec.hidden_size,
+            [gdn.num_v_heads, gdn.num_v_heads],
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.in_proj_ba",
+        )
+        self.out_proj = RowParallelLinear(
+            gdn.value_dim, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+        )
+        self.conv1d = nn.Module()
+        self.conv1d.weight = self._parameter(self.conv_dim, gdn.conv_kernel_size)
+        self.A_log = self._parameter(self.num_v_heads, dtype=torch.float32)
+        self.dt_bias = self._parameter(self.num_v_heads, dtype=torch.float32)
+        for name, parameter in (("conv1d.weight", self.conv1d.weight), ("A_log", self.A_log), ("dt_bias", self.dt_bias)):
+            parameter.weight_loader = partial(self._load_shard, f"{prefix}.{name}")
+        self.norm = nn.Module()
+        self.norm.weight = self._parameter(gdn.head_v_dim)
+
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        if prefix in layers:
+            raise ValueError(f"two layers are named {prefix!r}")
+        layers[prefix] = self
+
+    @staticmethod
+    def _parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+    def _load_shard(self, name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        parameter.data.copy_(shard_fused(name, loaded, self.spec, self.tp_rank, self.tp_size))
+
+    # What vLLM's cache manager asks of a layer with recurrent state.
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.GDN_ATTN
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return gdn_state_shape(self.spec, self.vllm_config)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
+        return gdn_state_dtype(self.vllm_config)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return Qwen3NextGdnBackend
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
+        qkvz, _ = self.in_proj_qkvz(hidden_states)
+        ba, _ = self.in_proj_ba(hidden_states)
+        # Zeros, not empty: padding tokens belong to no row, and what they hold is normalised and projected below.
+        core = qkvz.new_zeros(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
+        torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
+        z = qkvz[:, self.conv_dim :].unflatten(-1, (self.num_v_heads, self.head_v_dim))
+        normed = rms_norm_gated(core, z, self.norm.weight, self.spec.rms_norm_eps)
+        output, _ = self.out_proj(normed.flatten(1))
+        return output
+
+    def run_core(self, qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> None:
+        """Convolution and delta rule of this step's rows; qkvz and ba are this rank's flat projections."""
+        step_metadata = get_forward_context().attn_metadata
+        metadata = step_metadata.get(self.prefix) if isinstance(step_metadata, dict) else None
+        if metadata is None:  # vLLM's memory profiling runs without a cache
+            return
+        assert isinstance(metadata, Qwen3NextGdnMetadata)
+        conv_state, ssm_state = self.kv_cache
+        gdn_step(
+            qkvz[:, : self.conv_dim],
+            ba[:, self.num_v_heads :],
+            ba[:, : self.num_v_heads],
+            GdnParameters(
+                self.conv1d.weight, self.A_log, self.dt_bias, self.spec.gdn.num_k_heads // self.tp_size
+            ),
+            conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2),
+            ssm_state,
+            out,
+            prefill=metadata.prefill,
+            recurrent=metadata.recurrent,
+        )
+
+
+@eager_break_during_capture
+def qwen3next_plugin_gdn_core(qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: LayerNameType) -> None:
+    """The custom op behind `Qwen3NextGdnLayer.run_core`: opaque to torch.compile, fills `out` and the layer's states."""
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    layer.run_core(qkvz, ba, out)
+
+
+def _gdn_core_fake(qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: LayerNameType) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name=GDN_CORE_OP.split("::")[1],
+    op_func=qwen3next_plugin_gdn_core,
+    mutates_args=["out"],
+    fake_impl=_gdn_core_fake,
+)

@@ -1,0 +1,53 @@
+"""Everything this plugin hangs into vLLM, in one place, and what it relies on there."""
+
+from __future__ import annotations
+
+import vllm
+
+from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
+
+PACKAGE = __package__
+
+RELIANCES = [
+    Reliance("vllm.model_executor.models.registry.ModelRegistry.register_model", "to put our classes in the models' place"),
+    Reliance("vllm.model_executor.models.config.MODELS_CONFIG_MAP", "to check the checkpoint before anything starts"),
+    Reliance("vllm.transformers_utils.config._CONFIG_FORMAT_TO_CONFIG_PARSER", "to check config.json as it was written"),
+    Reliance("vllm.transformers_utils.config.HFConfigParser.parse", "to read config.json as vLLM does"),
+    Reliance("vllm.config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
+    Reliance("vllm.model_executor.layers.mamba.abstract.MambaBase.get_kv_cache_spec", "to give our layer state blocks"),
+    Reliance("vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder", "to be handed the accepted tokens"),
+    Reliance("vllm.v1.attention.backends.utils.mamba_get_block_table_tensor", "to find a request's state blocks"),
+    Reliance("vllm.model_executor.layers.mamba.mamba_utils.MambaStateShapeCalculator.gated_delta_net_state_shape", "to lay out states"),
+    Reliance("vllm.model_executor.layers.mamba.mamba_utils.MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func", "to copy states"),
+    Reliance("vllm.utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
+]
+
+
+def activate() -> None:
+    """Checks the engine, then registers models, checks, graph-splitting op and CPU kernels. Safe to repeat.
+
+    Raises UnsupportedEngineError or DriftError before anything is changed.
+    """
+    check_engine("vllm", vllm.__version__)
+    check_reliances(RELIANCES)
+
+    from vllm.config import CompilationConfig
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils import config as config_parsers
+
+    from .checks import CheckedCheckpoint, CheckedConfigParser
+
+    # By name, so that vLLM inspects the classes in a subprocess and this one stays free of CUDA.
+    ModelRegistry.register_model("Qwen3NextForCausalLM", f"{PACKAGE}.model:Qwen3NextForCausalLM")
+    ModelRegistry.register_model("Qwen3NextMTP", f"{PACKAGE}.mtp:Qwen3NextMTP")
+    MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = CheckedCheckpoint
+    config_parsers._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CheckedConfigParser
+    gdn_core = "vllm::qwen3next_plugin_gdn_core"
+    if gdn_core not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(gdn_core)
+    if current_platform.is_cpu():
+        from .cpu_mamba import register_cpu_kernels
+
+        register_cpu_kernels()
