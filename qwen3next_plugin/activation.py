@@ -21,8 +21,7 @@ def activation_line(engine: str, engine_version: str, device_name: str, choices:
     """
     versions = [
         f"{engine} {engine_version}",
-        f"torch {torch.__version__}",
-        f"triton {_version('triton') or 'absent'}",
+        *(f"{package} {_version(package) or 'absent'}" for package in ("torch", "triton")),
     ]
     chosen = ", ".join(f"{operation}={choice}" for operation, choice in choices.items()) or "none"
     line = f"{DISTRIBUTION} {plugin_version()} active: {', '.join(versions)}; device {device_name}; kernels: {chosen}"
