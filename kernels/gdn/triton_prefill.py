@@ -1,0 +1,314 @@
+"""Chunked prefill in Triton, in two kernels.
+
+The first treats all chunks at once: gates and their running sum, the inverse of the chunk's triangular system, and from
+it what the chunk writes (U), what of the state it replaces (W) and how its tokens see each other (P). The second walks
+the chunks of one row and head with the state in registers. Notation and formula as in
+:func:`.reference.delta_rule_chunked`. q and k enter the matrix products as they come, and their norms scale rows of the
+results, so normalising rounds nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
+from .reference import Gates
+from .triton_recurrent import EPSILON, softplus
+
+CHUNK = 64
+BLOCK_V = 32
+
+
+@triton.jit
+def _nilpotent_inverse(A, identity):
+    """``inverse(I + A)`` where ``A^8 = 0``: exactly ``(I - A) (I + A^2) (I + A^4)``."""
+    A2 = tl.dot(A, A, input_precision="tf32x3")
+    A4 = tl.dot(A2, A2, input_precision="tf32x3")
+    X = identity - A
+    X += tl.dot(X, A2, input_precision="tf32x3")
+    return X + tl.dot(X, A4, input_precision="tf32x3")
+
+
+@triton.jit
+def _unit_lower_inverse(A, CHUNK: tl.constexpr):
+    """``inverse(I + A)`` for strictly lower triangular ``A [64, 64]``, in float32 and in matrix products only.
+
+    With D the inverse of the 8 by 8 diagonal blocks and L the rest of A, it is ``inverse(I + D L) D``, and both A's
+    blocks and D L are nilpotent of order 8. Doubling over all 64 rows at once would not do: with repeated keys the
+    powers grow like binomial coefficients, 1e18 over 64 rows, but at most 35 over 8.
+    """
+    tl.static_assert(CHUNK == 64)
+    c = tl.arange(0, CHUNK)
+    identity = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
+    in_block = (c // 8)[:, None] == (c // 8)[None, :]
+    D = _nilpotent_inverse(tl.where(in_block, A, 0.0), identity)
+    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision="tf32x3")
+    return tl.dot(_nilpotent_inverse(M, identity), D, input_precision="tf32x3")
+
+
+@triton.jit
+def _chunk_kernel(
+    qkv,
+    a,
+    b,
+    A_log,
+    dt_bias,
+    W_out,
+    U_out,
+    P_out,
+    q_scales,
+    k_scales,
+    carries,
+    query_start,
+    query_end,
+    slots,
+    num_rows,
+    scale,
+    qkv_token,
+    qkv_column,
+    a_token,
+    a_head,
+    b_token,
+    b_head,
+    slots_stride,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row, chunk = locate_chunk(
+        tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, CHUNK, BLOCK_ROWS
+    )
+    if row < 0:
+        return
+    head = tl.program_id(1)
+    k_head = head // (V_HEADS // K_HEADS)
+    end = tl.load(query_end + row).to(tl.int64)
+    c = tl.arange(0, CHUNK)
+    token = tl.load(query_start + row).to(tl.int64) + chunk * CHUNK + c
+    valid = token < end
+    k_index = tl.arange(0, BLOCK_K)
+    v_index = tl.arange(0, BLOCK_V)
+    k_tile = valid[:, None] & (k_index < KEY_DIM)[None, :]
+    v_tile = valid[:, None] & (v_index < VALUE_DIM)[None, :]
+
+    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    g = rate * softplus(tl.load(a + token * a_token + head * a_head, mask=valid, other=0.0).to(tl.float32) + bias)
+    beta = tl.sigmoid(tl.load(b + token * b_token + head * b_head, mask=valid, other=0.0).to(tl.float32))
+    beta = tl.where(valid, beta, 0.0)
+    G = tl.cumsum(tl.where(valid, g, 0.0), 0)
+    G_last = tl.min(G, 0)  # g is never positive, and padding adds nothing
+
+    q_at = qkv + token[:, None] * qkv_token + (k_head * KEY_DIM + k_index)[None, :] * qkv_column
+    q = tl.load(q_at, mask=k_tile, other=0.0).to(DOT)
+    k = tl.load(q_at + K_HEADS * KEY_DIM * qkv_column, mask=k_tile, other=0.0).to(DOT)
+    q_wide = q.to(tl.float32)
+    k_wide = k.to(tl.float32)
+    q_norm = scale / tl.sqrt(tl.sum(q_wide * q_wide, 1) + EPSILON)
+    k_norm = 1.0 / tl.sqrt(tl.sum(k_wide * k_wide, 1) + EPSILON)
+
+    below = c[:, None] > c[None, :]
+    diagonal = c[:, None] == c[None, :]
+    decay = tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0))
+    keys = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * k_norm[None, :]
+    T = _unit_lower_inverse(tl.where(below, keys * (beta * k_norm)[:, None], 0.0), CHUNK).to(DOT)
+    P = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * q_norm[:, None] * k_norm[None, :]
+    P = tl.where(below | diagonal, P, 0.0)
+    at = token * V_HEADS + head  # workspaces are [T, HV, ...], contiguous
+    tl.store(P_out + at[:, None] * CHUNK + c[None, :], P.to(DOT), mask=valid[:, None])
+
+    replaced = (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT)
+    W = tl.dot(T, replaced, input_precision=PRECISION)
+    tl.store(W_out + at[:, None] * KEY_DIM + k_index[None, :], W.to(DOT), mask=k_tile)
+    v_at = qkv + token[:, None] * qkv_token + (2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index)[None, :] * qkv_column
+    v = tl.load(v_at, mask=v_tile, other=0.0).to(tl.float32)
+    U = tl.dot(T, (v * beta[:, None]).to(DOT), input_precision=PRECISION)
+    tl.store(U_out + at[:, None] * VALUE_DIM + v_index[None, :], U.to(DOT), mask=v_tile)
+
+    tl.store(q_scales + at, q_norm * tl.exp(G), mask=valid)
+    tl.store(k_scales + at, k_norm * tl.exp(G_last - G), mask=valid)
+    tl.store(carries + tl.min(at, 0), tl.exp(G_last))
+
+
+@triton.jit
+def _walk_kernel(
+    qkv,
+    W_in,
+    U_in,
+    P_in,
+    q_scales,
+    k_scales,
+    carries,
+    state,
+    out,
+    query_start,
+    query_end,
+    slots,
+    has_initial_state,
+    qkv_token,
+    qkv_column,
+    state_slot,
+    state_head,
+    state_v,
+    state_k,
+    out_token,
+    out_head,
+    out_v,
+    slots_stride,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = (tl.program_id(0) // V_HEADS).to(tl.int64)
+    head = tl.program_id(0) % V_HEADS
+    k_head = head // (V_HEADS // K_HEADS)
+    start = tl.load(query_start + row).to(tl.int64)
+    end = tl.load(query_end + row).to(tl.int64)
+    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    if (slot < 0) | (end <= start):
+        return
+    c = tl.arange(0, CHUNK)
+    k_index = tl.arange(0, BLOCK_K)
+    v_index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k_mask = k_index < KEY_DIM
+    v_mask = v_index < VALUE_DIM
+
+    # Held transposed, [K, V]: every product then has the chunk or K as its tall side.
+    tile = k_mask[:, None] & v_mask[None, :]
+    state_at = state + slot * state_slot + head * state_head
+    state_at += k_index[:, None].to(tl.int64) * state_k + v_index[None, :].to(tl.int64) * state_v
+    s = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if tl.load(has_initial_state + row):
+        s = tl.load(state_at, mask=tile, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # of a small head one element is held by several threads: all have read before one writes
+
+    for first in range(start, end, CHUNK):
+        token = first + c
+        valid = token < end
+        at = token * V_HEADS + head
+        k_tile = valid[:, None] & k_mask[None, :]
+        v_tile = valid[:, None] & v_mask[None, :]
+        q_at = qkv + token[:, None] * qkv_token + (k_head * KEY_DIM + k_index)[None, :] * qkv_column
+        q = tl.load(q_at, mask=k_tile, other=0.0).to(DOT)
+        k = tl.load(q_at + K_HEADS * KEY_DIM * qkv_column, mask=k_tile, other=0.0).to(DOT)
+        W = tl.load(W_in + at[:, None] * KEY_DIM + k_index[None, :], mask=k_tile, other=0.0)
+        U = tl.load(U_in + at[:, None] * VALUE_DIM + v_index[None, :], mask=v_tile, other=0.0)
+        P = tl.load(P_in + at[:, None] * CHUNK + c[None, :], mask=valid[:, None], other=0.0)
+        q_scale = tl.load(q_scales + at, mask=valid, other=0.0)
+        k_scale = tl.load(k_scales + at, mask=valid, other=0.0)
+        carried = tl.load(carries + first * V_HEADS + head)
+
+        s_dot = s.to(DOT)
+        written = U.to(tl.float32) - tl.dot(W, s_dot, input_precision=PRECISION)
+        o = tl.dot(q, s_dot, input_precision=PRECISION) * q_scale[:, None]
+        o += tl.dot(P, written.to(DOT), input_precision=PRECISION)
+        out_at = out + token[:, None] * out_token + head * out_head + v_index[None, :] * out_v
+        tl.store(out_at, o.to(out.dtype.element_ty), mask=v_tile)
+        s = s * carried + tl.dot(tl.trans(k), (written * k_scale[:, None]).to(DOT), input_precision=PRECISION)
+
+    tl.store(state_at, s.to(state.dtype.element_ty), mask=tile)
+
+
+def gdn_prefill(
+    mixed_qkv: Tensor,
+    gates: Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.gdn.gdn_prefill`; arguments are checked there.
+
+    Matrix products take bfloat16 on a GPU for bfloat16 tokens, else float32 (as TF32 for float16, which it holds
+    exactly; split in three for float32).
+    """
+    a, b, A_log, dt_bias = gates
+    tokens = mixed_qkv.shape[0]
+    _, v_heads, value_dim, key_dim = ssm_state.shape
+    rows = query_start.shape[0]
+    narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16
+    dot = torch.bfloat16 if narrow else torch.float32
+
+    def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=mixed_qkv.device)
+
+    W = workspace(tokens, v_heads, key_dim)
+    U = workspace(tokens, v_heads, value_dim)
+    P = workspace(tokens, v_heads, CHUNK)
+    scales = [workspace(tokens, v_heads, dtype=torch.float32) for _ in range(3)]
+    block_k = max(16, triton.next_power_of_2(key_dim))
+    block_v = max(16, triton.next_power_of_2(value_dim))
+    shared = {
+        "K_HEADS": num_k_heads,
+        "V_HEADS": v_heads,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_K": block_k,
+        "CHUNK": CHUNK,
+        "DOT": tl.bfloat16 if narrow else tl.float32,
+        "PRECISION": "tf32" if mixed_qkv.dtype == torch.float16 else "tf32x3",
+        "num_warps": 4,
+    }
+    _chunk_kernel[(max_chunks(tokens, rows, CHUNK, max_query_len), v_heads)](
+        mixed_qkv,
+        a,
+        b,
+        A_log.contiguous(),
+        dt_bias.contiguous(),
+        W,
+        U,
+        P,
+        *scales,
+        query_start,
+        query_end,
+        state_slots,
+        rows,
+        key_dim**-0.5,
+        *mixed_qkv.stride(),
+        *a.stride(),
+        *b.stride(),
+        state_slots.stride(0),
+        BLOCK_V=block_v,
+        BLOCK_ROWS=BLOCK_ROWS,
+        num_stages=1,
+        **shared,
+    )
+    walk_v = min(BLOCK_V, block_v)
+    _walk_kernel[(rows * v_heads, triton.cdiv(value_dim, walk_v))](
+        mixed_qkv,
+        W,
+        U,
+        P,
+        *scales,
+        ssm_state,
+        out,
+        query_start,
+        query_end,
+        state_slots,
+        has_initial_state,
+        *mixed_qkv.stride(),
+        *ssm_state.stride(),
+        *out.stride(),
+        state_slots.stride(0),
+        BLOCK_V=walk_v,
+        num_stages=2 if narrow and block_k <= 128 else 1,
+        **shared,
+    )

@@ -1,0 +1,163 @@
+"""Decode and verify in Triton: one recurrent kernel over one or a few tokens a row."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Gates
+
+EPSILON = tl.constexpr(1e-6)  # of the L2 norm
+
+
+@triton.jit
+def load_normalized(pointer, stride, index, mask):
+    """One head's q or k of one token, divided by sqrt(sum of squares + 1e-6), in float32."""
+    x = tl.load(pointer + index * stride, mask=mask, other=0.0).to(tl.float32)
+    return x / tl.sqrt(tl.sum(x * x, 0) + EPSILON)
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _recurrent_kernel(
+    qkv,
+    a,
+    b,
+    A_log,
+    dt_bias,
+    state,
+    new_state,
+    out,
+    query_start,
+    query_end,
+    initial_slots,
+    output_slots,
+    max_query_len,
+    scale,
+    qkv_token,
+    qkv_column,
+    a_token,
+    a_head,
+    b_token,
+    b_head,
+    state_slot,
+    state_head,
+    state_v,
+    state_k,
+    new_slot,
+    new_head,
+    new_v,
+    new_k,
+    out_token,
+    out_head,
+    out_v,
+    initial_slots_stride,
+    output_slots_row,
+    output_slots_token,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = (tl.program_id(0) // V_HEADS).to(tl.int64)
+    head = tl.program_id(0) % V_HEADS
+    start = tl.load(query_start + row).to(tl.int64)
+    length = tl.minimum(tl.load(query_end + row).to(tl.int64) - start, max_query_len).to(tl.int32)
+    slot = tl.load(initial_slots + row * initial_slots_stride).to(tl.int64)
+    if (slot < 0) | (length <= 0):
+        return
+    k_index = tl.arange(0, BLOCK_K)
+    v_index = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    k_mask = k_index < KEY_DIM
+    v_mask = v_index < VALUE_DIM
+    tile = v_mask[:, None] & k_mask[None, :]
+    k_head = head // (V_HEADS // K_HEADS)
+    q_columns = qkv + k_head * KEY_DIM * qkv_column
+    k_columns = q_columns + K_HEADS * KEY_DIM * qkv_column
+    v_columns = qkv + (2 * K_HEADS * KEY_DIM + head * VALUE_DIM) * qkv_column
+
+    s = tl.load(
+        state + slot * state_slot + head * state_head + v_index[:, None] * state_v + k_index[None, :] * state_k,
+        mask=tile,
+        other=0.0,
+    ).to(tl.float32)
+    tl.debug_barrier()  # of a small head one element is held by several threads: all have read before one writes
+    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    new_tile = new_state + head * new_head + v_index[:, None] * new_v + k_index[None, :] * new_k
+
+    for j in range(length):
+        token = start + j
+        q = load_normalized(q_columns + token * qkv_token, qkv_column, k_index, k_mask) * scale
+        k = load_normalized(k_columns + token * qkv_token, qkv_column, k_index, k_mask)
+        v = tl.load(v_columns + token * qkv_token + v_index * qkv_column, mask=v_mask, other=0.0).to(tl.float32)
+        g = rate * softplus(tl.load(a + token * a_token + head * a_head).to(tl.float32) + bias)
+        beta = tl.sigmoid(tl.load(b + token * b_token + head * b_head).to(tl.float32))
+        s = s * tl.exp(g)
+        written = beta * (v - tl.sum(s * k[None, :], 1))
+        s += written[:, None] * k[None, :]
+        o = tl.sum(s * q[None, :], 1)
+        tl.store(out + token * out_token + head * out_head + v_index * out_v, o.to(out.dtype.element_ty), mask=v_mask)
+        target = tl.load(output_slots + row * output_slots_row + j * output_slots_token).to(tl.int64)
+        if target >= 0:
+            tl.store(new_tile + target * new_slot, s.to(new_state.dtype.element_ty), mask=tile)
+
+
+def gdn_recurrent(
+    mixed_qkv: Tensor,
+    gates: Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    initial_slots: Tensor,
+    output_slots: Tensor,
+    out: Tensor,
+    output_state: Tensor,
+) -> None:
+    """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
+
+    A program holds ``BLOCK_V`` rows of one head's state in registers from its only read to its last write, so a slot
+    may be both where a row starts and where it writes.
+    """
+    a, b, A_log, dt_bias = gates
+    _, v_heads, value_dim, key_dim = ssm_state.shape
+    rows = query_start.shape[0]
+    block_v = min(32, triton.next_power_of_2(value_dim))
+    _recurrent_kernel[(rows * v_heads, triton.cdiv(value_dim, block_v))](
+        mixed_qkv,
+        a,
+        b,
+        A_log.contiguous(),
+        dt_bias.contiguous(),
+        ssm_state,
+        output_state,
+        out,
+        query_start,
+        query_end,
+        initial_slots,
+        output_slots,
+        max_query_len,
+        key_dim**-0.5,
+        *mixed_qkv.stride(),
+        *a.stride(),
+        *b.stride(),
+        *ssm_state.stride(),
+        *output_state.stride(),
+        *out.stride(),
+        initial_slots.stride(0),
+        *output_slots.stride(),
+        K_HEADS=num_k_heads,
+        V_HEADS=v_heads,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_V=block_v,
+        num_warps=4,
+    )

@@ -1,0 +1,42 @@
+"""Ragged batches on the GPU: how a program finds its row without the host knowing any length.
+
+Ranges are disjoint, so ``ceil(tokens / chunk) + rows`` programs are always enough, whatever the lengths are: the
+grid then depends on shapes alone and nothing is copied to the host.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK_ROWS = 128
+
+
+def max_chunks(tokens: int, rows: int, chunk: int, max_query_len: int | None = None) -> int:
+    """How many chunks of ``chunk`` tokens ``rows`` disjoint ranges over ``tokens`` tokens can have at most."""
+    bound = triton.cdiv(tokens, chunk) + rows
+    if max_query_len is None:
+        return bound
+    return min(bound, rows * triton.cdiv(max_query_len, chunk))
+
+
+@triton.jit
+def locate_chunk(
+    program, query_start, query_end, slots, slots_stride, num_rows, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The row and the chunk within it that fall to ``program``; row -1 if none does. Skipped rows have no chunks."""
+    row = -1
+    chunk = 0
+    before = 0
+    for first in range(0, num_rows, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        valid = rows < num_rows
+        start = tl.load(query_start + rows, mask=valid, other=0)
+        end = tl.load(query_end + rows, mask=valid, other=0)
+        slot = tl.load(slots + rows * slots_stride, mask=valid, other=-1)
+        length = tl.where((slot >= 0) & (end > start), end - start, 0).to(tl.int32)
+        count = (length + CHUNK - 1) // CHUNK
+        last = before + tl.cumsum(count, 0)
+        mine = (program >= last - count) & (program < last)
+        row = tl.maximum(row, tl.max(tl.where(mine, rows, -1), 0))
+        chunk += tl.sum(tl.where(mine, program - (last - count), 0), 0)
+        before += tl.sum(count, 0)
+    return row, chunk
