@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from importlib import metadata
 
-import torch
-
 DISTRIBUTION = "qwen3next-plugin"
 
 
