@@ -70,10 +70,14 @@ class ReferenceModel:
         spec = load_spec(path)
         return cls(spec, fuse_checkpoint(open_checkpoint(path), spec), dtype)
 
+    def layer(self, prefix: str) -> Weights:
+        """The weights of the layer called ``prefix`` (``model.layers.3.``, ``mtp.layers.0.``), names without it."""
+        return self._layers[prefix]
+
     def _below(self, prefix: str) -> Weights:
         return {name[len(prefix) :]: w for name, w in self.weights.items() if name.startswith(prefix)}
 
-    def _rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``[length, rotary_dim / 2]`` from position ``start`` on."""
         end = start + length
         if self._cos_sin is None or self._cos_sin.shape[0] < end:
@@ -92,7 +96,7 @@ class ReferenceModel:
         With a ``cache`` the tokens follow those it has seen, and it is brought up to date.
         """
         start = cache.length if cache else 0
-        cos, sin = self._rotary(start, tokens.shape[1])
+        cos, sin = self.rotary(start, tokens.shape[1])
         x = self.embed(tokens)
         for i, kind in enumerate(self.spec.layer_kinds):
             prefix = f"model.layers.{i}."
@@ -139,7 +143,7 @@ class ReferenceModel:
             ``[B, T, H]`` behind the MTP layer's own norm.
         """
         start = cache.mtp_length if cache else 0
-        cos, sin = self._rotary(start, next_tokens.shape[1])
+        cos, sin = self.rotary(start, next_tokens.shape[1])
         prefix = "mtp.layers.0."
         state = cache.layer(prefix) if cache else None
         x = self.mtp_input(hidden, next_tokens)
