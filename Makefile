@@ -1,0 +1,60 @@
+# Two commands: `make serve` starts an engine with the plugin and asks it a question; `make test` tests everything.
+# Both make their environment first (.venv/), once.
+
+PYTHON ?= python3.11
+ENGINE ?= vllm
+VENV ?= .venv/$(ENGINE)
+# An environment of your own that already holds the engine, this project and the test tools: nothing is installed.
+USE_ENV ?=
+ENV := $(or $(USE_ENV),$(VENV))
+RUN := $(ENV)/bin/python
+PYTEST := $(RUN) -m pytest
+# Tests use one thread each: on small shapes more of them only get in each other's way.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+export PYTHON ENGINE VENV USE_ENV MODEL PORT ARGS ONCE QUESTION TIMEOUT TORCH_CPU_INDEX DEVICE
+
+.PHONY: help python serve test lint cpu-tests e2e-tests proof environment clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve        make the environment, start $(ENGINE) with the plugin, ask one question, stay up"
+	@echo "                  MODEL=folder-or-hub-name PORT=8000 ARGS='--max-model-len 4096' ONCE=1 QUESTION='…'"
+	@echo "                  TIMEOUT=seconds DEVICE=cpu|gpu TORCH_CPU_INDEX=url VENV=folder USE_ENV=your-environment"
+	@echo "make test         everything: lint, types, unit and kernel tests, end-to-end tests with the real engine"
+	@echo "make lint         ruff and mypy only"
+	@echo "make cpu-tests    unit and kernel tests only      TESTS='tests/cpu/kernels -k norm' for some of them"
+	@echo "make e2e-tests    end-to-end tests only           TESTS=tests/e2e/test_x.py"
+	@echo "make proof        the long versions of the tests; results in benchmarks/results/cpu/proof.json"
+	@echo "make environment  only make the environment       make clean  remove it and all that was built"
+
+environment: python
+	@$(PYTHON) -m qwen3next_plugin.serve environment
+
+serve: python
+	@$(PYTHON) -m qwen3next_plugin.serve
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "FAILED: $(PYTHON) is missing or older than 3.11; name one with PYTHON=…" >&2; exit 1; }
+
+test: lint cpu-tests e2e-tests
+
+lint: environment
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) tests/typecheck.py
+
+# Kernel tests run under Triton's interpreter (tests/conftest.py sets it); engines must not, so they are tested apart.
+cpu-tests: environment
+	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests/cpu tests/gpu)
+
+e2e-tests: environment
+	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e)
+
+proof: environment
+	PROOF=1 $(RUN) tests/proof.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

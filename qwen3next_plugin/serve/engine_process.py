@@ -1,0 +1,65 @@
+"""An engine on its way up: is it alive, is it ready, what is it doing."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from .api import Api
+from .errors import ServeError
+from .progress import Progress
+
+ACTIVATION = "qwen3next-plugin"
+"""The plugin's one log line an engine process begins with this name."""
+
+# What a line of vLLM's log says about where its start has got to; the last one that matched is shown.
+_PHASES = [
+    (re.compile(pattern), phase)
+    for pattern, phase in (
+        (r"Resolved architecture|Initializing an? .*engine", "reading the model's configuration"),
+        (r"Starting to load model|Loading (safetensors|weights)", "loading weights"),
+        (r"Loading weights took|Model loading took", "weights are loaded"),
+        (r"torch\.compile|Dynamo|Compiling a graph|Warming up", "compiling"),
+        (r"KV cache size|Capturing .*graphs|init engine", "sizing the cache and warming up"),
+        (r"Starting vLLM|Started server process|Waiting for application", "opening the API"),
+    )
+]
+
+
+def phase_of(line: str) -> str | None:
+    """What a line of the engine's log says about its start, or None."""
+    for pattern, phase in _PHASES:
+        if pattern.search(line):
+            return phase
+    return None
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", log: Path, start: int, api: Api, timeout: float) -> float:
+    """Follow the log from byte `start` until /health answers; returns the seconds it took.
+
+    Raises ServeError if the engine ends first or `timeout` seconds pass.
+    """
+    phase = "starting Python"
+    with Progress("Starting the engine") as step, log.open(errors="replace") as output:
+        output.seek(start)
+        while not api.is_ready():
+            for line in output:
+                phase = phase_of(line) or phase
+            step.update(phase)
+            if process.poll() is not None:
+                raise ServeError(f"The engine ended with exit code {process.returncode} before it was ready.", log)
+            if step.seconds > timeout:
+                raise ServeError(f"The engine was not ready after {timeout:.0f} s (TIMEOUT=… changes that).", log)
+            time.sleep(0.2)
+        return step.seconds
+
+
+def activation_line(log: Path, start: int) -> str | None:
+    """The plugin's own line in this start's part of the log, without the logger's prefix."""
+    with log.open(errors="replace") as output:
+        output.seek(start)
+        for line in output:
+            place = line.find(f"{ACTIVATION} ")
+            if place >= 0 and "active" in line:
+                return line[place:].strip()
+    return None

@@ -1,0 +1,191 @@
+"""The virtual environment of an engine: made once, continued if it was interrupted, left alone when it is right."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import pins
+from .errors import ServeError
+from .inside import inspect, remove_half_installed
+from .pip import Pip
+from .plan import intruders, is_cpu_build, pinned_for_cpu, requirement_name, requirements_of, without_kept_out
+from .processes import running
+from .progress import Progress
+
+RECORD = "qwen3next.json"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where an engine is installed and for what: `path` is the virtual environment, `root` the project's checkout."""
+
+    path: Path
+    root: Path
+    engine: pins.Engine
+    device: str
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.path / "bin" / "python"
+
+    @property
+    def log(self) -> Path:
+        """Where everything that pip says goes."""
+        return self.path.with_name(f"{self.path.name}-install.log")
+
+    def origin(self) -> dict[str, str]:
+        """What cannot be changed in a finished environment: if one differs, it is made anew."""
+        return {
+            "engine": requirement_name(self.engine.requirement(self.device)),
+            "python": platform.python_version(),
+            "path": str(self.path),
+            "root": str(self.root),
+        }
+
+    def key(self) -> str:
+        """A hash of all that decides what is installed."""
+        digest = hashlib.sha256((self.root / "pyproject.toml").read_bytes())
+        wanted = [self.engine.requirement(self.device), pins.TORCH_CPU, sorted(pins.KEPT_OUT), self.origin()]
+        digest.update(json.dumps(wanted, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def is_ready(self) -> bool:
+        """True if it was finished with exactly these pins; reads one small file."""
+        return self._record().get("key") == self.key() and self.python.exists()
+
+    def prepare(self) -> bool:
+        """Make it ready; False if it was already. Raises ServeError, one sentence, on the first step that fails."""
+        if self.is_ready():
+            return False
+        with self._alone():
+            if self.is_ready():
+                return False
+            self._make()
+            self._write_record(self.key())
+        return True
+
+    def _record(self) -> dict[str, object]:
+        try:
+            content = json.loads((self.path / RECORD).read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _write_record(self, key: str | None) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        draft = self.path / f"{RECORD}.draft"
+        draft.write_text(json.dumps({"origin": self.origin(), "key": key}, indent=1) + "\n")
+        os.replace(draft, self.path / RECORD)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two `make` at once: the second waits for the first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("Another make is building this environment; waiting for it.", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _make(self) -> None:
+        record = self._record()
+        if self.path.exists() and not record and any(self.path.iterdir()):
+            raise ServeError(
+                f"{self.path} exists but was not made by this project; move it away or name another in VENV=."
+            )
+        if record and record.get("origin") != self.origin():
+            print(f"{self.path} was made for another engine, Python or folder; making it anew.", flush=True)
+            shutil.rmtree(self.path)
+            record = {}
+        if record:
+            print(f"{self.path} is unfinished or out of date; continuing it.", flush=True)
+        where = "an NVIDIA GPU" if self.device == "gpu" else "a CPU"
+        print(f"Preparing {self.path} for {self.engine.name} on {where} (log: {self.log})", flush=True)
+        self._write_record(None)
+        self._create()
+        remove_half_installed(self.python)
+        pip = Pip(self.python, self.log)
+        if self.device == "cpu":
+            self._install_torch_for_cpu(pip)
+            self._install_for_cpu(pip)
+        else:
+            requirement = self.engine.requirement("gpu")
+            pip.install(f"Installing {requirement}", [requirement, *self._project_requirements()])
+        pip.install("Installing this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
+        self._check(pip)
+
+    def _create(self) -> None:
+        """The empty environment, with pip; also where Python comes without ensurepip (some Linux distributions)."""
+        if Pip(self.python, self.log).works():
+            return
+        with Progress("Creating the virtual environment") as step:
+            step.update("python -m venv")
+            for options in (["--clear"], ["--clear", "--without-pip"]):
+                with running([sys.executable, "-m", "venv", *options, self.path], self.log) as process:
+                    made = process.wait() == 0
+                self._write_record(None)  # --clear emptied the folder, and with it the mark that it is ours
+                if made:
+                    break
+            else:
+                raise ServeError("Python could not create a virtual environment.", self.log)
+        pip = Pip(self.python, self.log)
+        if not pip.works():
+            pip.install_itself()
+
+    def _project_requirements(self) -> list[str]:
+        """What the project and its tests require, read from pyproject.toml."""
+        project = tomllib.loads((self.root / "pyproject.toml").read_text())["project"]
+        extras = project["optional-dependencies"]
+        wanted = [*project["dependencies"], *extras["test"], *extras["dev"]]
+        return [line for line in wanted if requirement_name(line) != project["name"]]
+
+    def _install_torch_for_cpu(self, pip: Pip) -> None:
+        """The CPU build of torch, from the configured index or else PyTorch's own; never anything else."""
+        if inspect(self.python).get("torch") == pins.TORCH_CPU:
+            return
+        wish = f"torch=={pins.TORCH_CPU}"
+        index = os.environ.get("TORCH_CPU_INDEX") or pins.TORCH_CPU_INDEX
+        for options in ([], ["--index-url", index, "--retries", "1"]):
+            place = "PyTorch's CPU index" if options else "the configured index"
+            found = pip.find(f"Looking for {wish} at {place}", [*options, "--no-deps", "--ignore-installed", wish])
+            if is_cpu_build(found):
+                pip.install(f"Installing {wish}", [*options, "--no-deps", wish])
+                return
+        raise ServeError(
+            f"The CPU build {wish} is neither at pip's configured index nor at {index}; "
+            "name an index that has it in TORCH_CPU_INDEX=.",
+            self.log,
+        )
+
+    def _install_for_cpu(self, pip: Pip) -> None:
+        """The engine without what exists only for CUDA: its requirements are resolved here and installed as pins."""
+        engine = self.engine.requirement("cpu")
+        own = pip.report(f"Reading what {engine} requires", ["--no-deps", "--ignore-installed", engine])
+        wanted = without_kept_out(requirements_of(own, requirement_name(engine)))
+        # torch is there already; naming it keeps pip from choosing another one, and brings in what torch requires.
+        wanted += [f"torch=={pins.TORCH_CPU}", *self._project_requirements()]
+        report = pip.report("Choosing versions", wanted)
+        chosen = pinned_for_cpu(report)
+        pip.install(f"Installing {engine} and {len(chosen)} packages", ["--no-deps", engine, *chosen])
+
+    def _check(self, pip: Pip) -> None:
+        """Look at what is really there."""
+        installed = inspect(self.python)
+        advice = "remove that folder and try again"
+        for name in (requirement_name(self.engine.requirement(self.device)), "qwen3next-plugin", "torch"):
+            if name not in installed:
+                raise ServeError(f"pip finished, but {name} is not in {self.path}; {advice}.")
+        if self.device == "cpu" and (wrong := intruders(installed, pins.TORCH_CPU)):
+            raise ServeError(f"{self.path} is for a CPU but holds {', '.join(wrong)}; {advice}.")
