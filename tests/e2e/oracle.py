@@ -1,0 +1,91 @@
+"""The oracle's side of an end-to-end comparison: its own greedy answers, and its verdict on the engine's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from qwen3next_plugin.reference import ReferenceModel, generate_greedy
+
+from .requests import Completion
+
+TIE_MARGIN = 0.02
+"""Logits by which every token of a golden answer must win: hundreds of times the engine's float32 error."""
+
+LOGPROB_TOLERANCE = 2e-3
+"""Largest difference of a log-probability between a float32 engine and the float64 oracle."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A prompt and its greedy answer, each token of which the oracle prefers by at least TIE_MARGIN."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@lru_cache(maxsize=4)
+def oracle(checkpoint: Path) -> ReferenceModel:
+    """In float64, so that only the engine's rounding counts."""
+    return ReferenceModel.from_checkpoint(checkpoint, torch.float64)
+
+
+def random_prompt(seed: int, length: int, vocab_size: int = 256) -> tuple[int, ...]:
+    """Bytes of the tests' tokenizer: special tokens stand behind them."""
+    return tuple(random.Random(seed).choices(range(vocab_size), k=length))
+
+
+@lru_cache(maxsize=64)
+def golden_prompts(checkpoint: Path, lengths: tuple[int, ...], max_tokens: int, seed: int = 0) -> list[Golden]:
+    """One golden prompt of each length; prompts whose answers come near a tie are drawn again."""
+    found = []
+    for index, length in enumerate(lengths):
+        for attempt in range(20):
+            prompt = random_prompt(seed + 1000 * index + attempt, length)
+            answer = generate_greedy(oracle(checkpoint), [prompt], max_tokens)[0]
+            if answer.smallest_margin >= TIE_MARGIN:
+                found.append(Golden(prompt, tuple(answer.tokens)))
+                break
+        else:
+            raise AssertionError(f"no prompt of {length} tokens whose answer is free of ties in 20 attempts")
+    return found
+
+
+@torch.no_grad()
+def oracle_logprobs(checkpoint: Path, tokens: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [len(tokens), vocab] of what follows each token, from one float64 prefill."""
+    return oracle(checkpoint)(torch.tensor([list(tokens)]))[0].log_softmax(-1)
+
+
+def largest_error(checkpoint: Path, prompt: Sequence[int], completion: Completion) -> float:
+    """Largest |log-probability - oracle's| over every token the engine reported for its own answer.
+
+    The oracle scores prompt and answer as one prefill, so an engine state that went wrong anywhere shows here, also
+    where its tokens look reasonable.
+    """
+    expected = oracle_logprobs(checkpoint, [*prompt, *completion.tokens])
+    assert len(completion.top_logprobs) == len(completion.tokens) > 0
+    worst = 0.0
+    for place, (token, logprob, top) in enumerate(
+        zip(completion.tokens, completion.logprobs, completion.top_logprobs, strict=True)
+    ):
+        row = expected[len(prompt) + place - 1]
+        for candidate, found in ({token: logprob} | top).items():
+            worst = max(worst, abs(float(row[candidate]) - found))
+    return worst
+
+
+def largest_prompt_error(checkpoint: Path, prompt: Sequence[int], completion: Completion) -> float:
+    """The same over the prompt's own tokens, which the engine computed as one prefill."""
+    expected = oracle_logprobs(checkpoint, prompt)
+    assert len(completion.prompt_logprobs) == len(prompt) - 1
+    return max(
+        abs(float(expected[place][token]) - found)
+        for place, candidates in enumerate(completion.prompt_logprobs)
+        for token, found in candidates.items()
+    )
