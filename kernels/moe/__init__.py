@@ -70,12 +70,12 @@ def fused_moe(
     """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]) with e = topk_ids[m,k].
 
     x [M, H] bf16/fp16/fp32; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] of x's dtype, or float8_e4m3fn
-    with block factors w13_scale and w2_scale [E, ceil(rows/b), ceil(cols/b)] float32, where b is 128 or, told by the
-    scale's shape, a smaller power of two; topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are
-    skipped (-1 under expert parallelism). quantize_activations rounds the inputs of both products to FP8 by 1x128
-    groups (FP8 weights only); None decides by the rows an expert gets on average and the GPU, and never rounds on a
-    CPU. Each token's experts are summed in a fixed order: equal inputs give equal bits. Returns [M, H] in x's dtype.
-    Raises ValueError for shapes or dtypes that do not fit.
+    with float32 block factors w13_scale [E, 2*ceil(I/b), ceil(H/b)] (gate and up blocked each for itself) and w2_scale
+    [E, ceil(H/b), ceil(I/b)], where b is 128 or, told by the scale's shape, a smaller power of two; topk_weights [M, k]
+    float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism). quantize_activations
+    rounds the inputs of both products to FP8 by 1x128 groups (FP8 weights only); None decides by the rows an expert
+    gets on average and the GPU, and never rounds on a CPU. Each token's experts are summed in a fixed order: equal
+    inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not fit.
     Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
     """
     check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)

@@ -60,7 +60,16 @@ def check_fused_moe(
                 raise ValueError(
                     f"fused_moe: {name} is {list(scale.shape)}; it must be [{experts}, row blocks, column blocks]"
                 )
-            block_size(weight, scale, name)
+            if name == "w13_scale" and scale.shape[1] % 2:
+                raise ValueError(
+                    f"fused_moe: w13_scale is {list(scale.shape)}; gate and up need as many row blocks each"
+                )
+            halved = name == "w13_scale"
+            block_size(
+                weight.unflatten(1, (2, -1)) if halved else weight,
+                scale.unflatten(1, (2, -1)) if halved else scale,
+                name,
+            )
 
 
 def check_shared(routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor) -> None:

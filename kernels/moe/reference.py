@@ -61,13 +61,16 @@ def fused_moe(
     skipped = counts[0]
     outputs = [x.new_zeros(skipped, x.shape[1], dtype=compute)]
     begin = skipped
+    # unbound once: the gradient of w13[expert] would be a tensor of all experts' size for each of them
+    ups, downs = w13.unbind(0), w2.unbind(0)
     for expert, count in enumerate(counts[1:]):
         if count == 0:
             continue
         rows = order[begin : begin + count] // top_k
-        up, down = w13[expert], w2[expert]
+        up, down = ups[expert], downs[expert]
         if w13_scale is not None and w2_scale is not None:
-            up = dequantize_block(up, w13_scale[expert], compute)
+            halves, factors = up.unflatten(0, (2, -1)), w13_scale[expert].unflatten(0, (2, -1))
+            up = dequantize_block(halves, factors, compute).flatten(0, 1)
             down = dequantize_block(down, w2_scale[expert], compute)
         outputs.append(functional.linear(entering(swiglu(functional.linear(entering(x[rows]), up))), down))
         begin += count

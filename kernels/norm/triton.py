@@ -1,6 +1,7 @@
 """RMS normalisation in Triton: one program a tile of rows, whole rows in registers, float32 inside.
 
-Tensors are seen as [A, B, H] with a stride for A and one for B, so that column slices of a projection are read in place.
+Tensors are seen as [A, B, H] with a stride for A and one for B, so that column slices of a projection are read in
+place.
 """
 
 import torch

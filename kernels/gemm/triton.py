@@ -1,0 +1,229 @@
+"""FP8 quantisation and products in Triton. `scaled_product` is also the core of the mixture of experts."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreting
+from .reference import FP8, FP8_MAX, GROUP, block_size
+
+
+@triton.jit
+def scaled_product(
+    a_ptrs,
+    a_mask,
+    a_scale_ptrs,
+    w_ptrs,
+    w_mask,
+    w_scale_ptrs,
+    second_offset,
+    second_scale_offset,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    DUAL: tl.constexpr,
+    W_FP8: tl.constexpr,
+    A_FP8: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of a @ w.T, accumulated in float32, and (DUAL) a second one with other rows of w, reading `a` once.
+
+    a_ptrs [BLOCK_M, BLOCK_K] and w_ptrs [BLOCK_K, BLOCK_N] point at the first BLOCK_K columns, whose stride is 1; the
+    second tile's weights and scales lie `second_offset` and `second_scale_offset` further on. FP8 weights carry a
+    factor every SCALE_K columns (w_scale_ptrs [BLOCK_N]), FP8 activations one every GROUP_K (a_scale_ptrs [BLOCK_M]);
+    BLOCK_K divides both, so a factor is constant over a step and is applied to the float32 partial sum. With FP8
+    weights and wider activations the weights are widened to the activations' type, which is exact. UPCAST multiplies in
+    float32, for the interpreter, which cannot do arithmetic in bf16.
+    """
+    ks = tl.arange(0, BLOCK_K)
+    first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    second = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        inside = ks < K - k
+        a = tl.load(a_ptrs + k, mask=a_mask[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_ptrs + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
+        if DUAL:
+            w2 = tl.load(w_ptrs + second_offset + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+        if UPCAST or (W_FP8 and not A_FP8):
+            w = w.to(a.dtype)
+            if DUAL:
+                w2 = w2.to(a.dtype)
+        if W_FP8:
+            factor = tl.load(w_scale_ptrs + k // SCALE_K, mask=w_mask, other=0.0)[None, :]
+            if A_FP8:
+                a_factor = tl.load(a_scale_ptrs + k // GROUP_K, mask=a_mask, other=0.0)[:, None]
+                factor = factor * a_factor
+            first += tl.dot(a, w, input_precision="ieee") * factor
+            if DUAL:
+                factor = tl.load(w_scale_ptrs + second_scale_offset + k // SCALE_K, mask=w_mask, other=0.0)[None, :]
+                if A_FP8:
+                    factor = factor * a_factor
+                second += tl.dot(a, w2, input_precision="ieee") * factor
+        else:
+            first = tl.dot(a, w, first, input_precision="ieee")
+            if DUAL:
+                second = tl.dot(a, w2, second, input_precision="ieee")
+    return first, second
+
+
+@triton.jit
+def _round_to_e4m3(x):
+    """Round float32 to the nearest E4M3 value, ties to even, still in float32; |x| <= 448.
+
+    For the interpreter, whose own cast loses the carry when a value rounds up to a power of two.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)  # 3 mantissa bits stay
+    shift = 24576.0  # 1.5 * 2**14: adding it leaves steps of 2**-9, those of E4M3 below 2**-6
+    return tl.where(tl.abs(x) < 0.015625, (x + shift) - shift, normal)
+
+
+@triton.jit
+def _quantize_tokens_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    K,
+    num_groups,
+    x_stride,
+    FP8_MAX: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    cols = group * GROUP + tl.arange(0, GROUP)
+    mask = cols < K
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    peak = tl.max(tl.abs(x), axis=0)
+    scale = tl.where(peak > 0, peak / FP8_MAX, 1.0)
+    values = tl.minimum(tl.maximum(x / scale, -FP8_MAX), FP8_MAX)
+    if INTERPRETED:
+        values = _round_to_e4m3(values)
+    tl.store(codes_ptr + row * K + cols, values.to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + row * num_groups + group, scale)
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.gemm.quantize_tokens`; the arguments are taken as checked."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, cols = x.shape
+    groups = triton.cdiv(cols, GROUP)
+    codes = torch.empty((rows, cols), dtype=FP8, device=x.device)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    if codes.numel():
+        _quantize_tokens_kernel[(rows, groups)](
+            x,
+            codes,
+            scale,
+            cols,
+            groups,
+            x.stride(0),
+            FP8_MAX=FP8_MAX,
+            GROUP=GROUP,
+            INTERPRETED=interpreting() and not x.is_cuda,
+            num_warps=1,
+        )
+    return codes, scale
+
+
+@triton.jit
+def _block_fp8_matmul_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_stride,
+    x_scale_stride,
+    w_stride,
+    w_scale_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    A_FP8: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # row tiles vary fastest: programs running together share a column tile of the weights
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    acc, _ = scaled_product(
+        x_ptr + rows[:, None] * x_stride + ks[None, :],
+        rows < M,
+        x_scale_ptr + rows * x_scale_stride,
+        w_ptr + cols[None, :] * w_stride + ks[:, None],
+        cols < N,
+        w_scale_ptr + (cols // SCALE_N) * w_scale_stride,
+        0,
+        0,
+        K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        GROUP_K,
+        SCALE_K,
+        False,
+        True,
+        A_FP8,
+        UPCAST,
+    )
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def block_fp8_matmul(
+    x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor, quantize_activations: bool
+) -> torch.Tensor:
+    """See `kernels.gemm.block_fp8_matmul`; the arguments are taken as checked."""
+    M, N, K = x.shape[0], *weight.shape
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    scale_n, scale_k = block_size(weight, scale_inv)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    scale_inv = scale_inv.contiguous()
+    upcast = interpreting() and not x.is_cuda
+    if quantize_activations:
+        x, x_scale = quantize_tokens(x)
+    else:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        x_scale = scale_inv  # not read
+    block_m = 16 if M <= 16 else 64
+    block_k = min(128 if quantize_activations or block_m == 16 else 64, scale_k)
+    _block_fp8_matmul_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, 64))](
+        x,
+        x_scale,
+        weight,
+        scale_inv,
+        out,
+        M,
+        N,
+        K,
+        x.stride(0),
+        x_scale.stride(0),
+        weight.stride(0),
+        scale_inv.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_N=64,
+        BLOCK_K=block_k,
+        GROUP_K=GROUP,
+        SCALE_N=scale_n,
+        SCALE_K=scale_k,
+        A_FP8=quantize_activations,
+        UPCAST=upcast,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out

@@ -1,0 +1,114 @@
+"""Routing and the shared expert's gate in Triton: one program a token, the whole row in registers."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    weights_ptr,
+    ids_ptr,
+    num_experts,
+    stride,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, BLOCK_E)
+    places = tl.arange(0, BLOCK_K)
+    inside = experts < num_experts
+    logits = tl.load(logits_ptr + token * stride + experts, mask=inside, other=float("-inf")).to(tl.float32)
+    exponentials = tl.exp(logits - tl.max(logits, axis=0))
+    probabilities = exponentials / tl.sum(exponentials, axis=0)
+    rank = tl.where(logits == logits, logits, float("-inf"))  # NaN ranks last, and can never yield an id outside [0, E)
+    weights = tl.zeros([BLOCK_K], dtype=tl.float32)
+    ids = tl.zeros([BLOCK_K], dtype=tl.int32)
+    for place in range(TOP_K):
+        best = tl.max(tl.where(inside, rank, float("-inf")), axis=0)
+        expert = tl.min(tl.where(inside & (rank == best), experts, BLOCK_E), axis=0)
+        taken = experts == expert
+        weights = tl.where(places == place, tl.sum(tl.where(taken, probabilities, 0.0), axis=0), weights)
+        ids = tl.where(places == place, expert, ids)
+        inside = inside & (experts != expert)
+    if RENORMALIZE:
+        weights = weights / tl.sum(weights, axis=0)
+    kept = places < TOP_K
+    tl.store(weights_ptr + token * TOP_K + places, weights, mask=kept)
+    tl.store(ids_ptr + token * TOP_K + places, ids, mask=kept)
+
+
+def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.moe.route`; the arguments are taken as checked."""
+    logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    tokens, num_experts = logits.shape
+    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
+    ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    if tokens:
+        block = triton.next_power_of_2(num_experts)
+        _route_kernel[(tokens,)](
+            logits,
+            weights,
+            ids,
+            num_experts,
+            logits.stride(0),
+            TOP_K=top_k,
+            RENORMALIZE=renormalize,
+            BLOCK_E=block,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            num_warps=1 if block <= 128 else 4,
+        )
+    return weights, ids
+
+
+@triton.jit
+def _add_shared_expert_kernel(
+    routed_ptr,
+    shared_ptr,
+    x_ptr,
+    gate_weight_ptr,
+    out_ptr,
+    hidden,
+    routed_stride,
+    shared_stride,
+    x_stride,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)
+    mask = cols < hidden
+    x = tl.load(x_ptr + token * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    gate_weight = tl.load(gate_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(tl.sum(x * gate_weight, axis=0))
+    routed = tl.load(routed_ptr + token * routed_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    shared = tl.load(shared_ptr + token * shared_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * hidden + cols, (routed + gate * shared).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def add_shared_expert(
+    routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor
+) -> torch.Tensor:
+    """See `kernels.moe.add_shared_expert`; the arguments are taken as checked."""
+    out = torch.empty(routed.shape, dtype=routed.dtype, device=routed.device)
+    if out.numel() == 0:
+        return out
+    tokens, hidden = routed.shape
+    routed, shared, x = (t if t.stride(1) == 1 else t.contiguous() for t in (routed, shared, x))
+    block = triton.next_power_of_2(hidden)
+    _add_shared_expert_kernel[(tokens,)](
+        routed,
+        shared,
+        x,
+        gate_weight.contiguous(),
+        out,
+        hidden,
+        routed.stride(0),
+        shared.stride(0),
+        x.stride(0),
+        BLOCK_H=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return out
