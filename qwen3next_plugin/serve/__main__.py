@@ -15,7 +15,7 @@ from .engine_process import activation_line, wait_until_ready
 from .environment import Environment
 from .errors import ServeError
 from .machine import choose_device
-from .processes import running, stop_on_termination, tail
+from .processes import running, stop_on_termination
 from .progress import Progress
 from .settings import Settings, engine_environment, read_engine
 
@@ -113,8 +113,8 @@ def serve(settings: Settings, python: Path, device: str) -> None:
         if settings.once:
             print("\nONCE=1: stopping the server.", flush=True)
             return
-        print(GO_ON.format(root=api.root, model=name, question=question.replace("'", "’"), log=log), flush=True)
         try:
+            print(GO_ON.format(root=api.root, model=name, question=question.replace("'", "’"), log=log), flush=True)
             code = process.wait()
         except KeyboardInterrupt:
             print("\nStopping the server.", flush=True)
@@ -133,8 +133,8 @@ def main(arguments: list[str]) -> int:
         settings = Settings.read()
         serve(settings, prepared_python(device), device)
     except ServeError as problem:
-        if problem.log is not None:
-            print(f"\nThe end of {problem.log}:\n{tail(problem.log)}", file=sys.stderr)
+        if problem.last_lines:
+            print("\n    ".join([f"\nThe end of {problem.log}:", *problem.last_lines]), file=sys.stderr)
         print(f"\nFAILED: {problem}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

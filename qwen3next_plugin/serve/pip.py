@@ -44,7 +44,8 @@ class Pip:
     def install(self, title: str, arguments: Sequence[str]) -> None:
         """`pip install …`; raises ServeError naming the log."""
         with Progress(title) as step:
-            if not self._run([*self._pip(), "install", *arguments], step):
+            # --no-compile: thousands of files would be compiled that nobody imports; the rest follows on first use.
+            if not self._run([*self._pip(), "install", "--no-compile", *arguments], step):
                 raise ServeError(f"pip could not do this: {title}.", self.log)
 
     def report(self, title: str, arguments: Sequence[str]) -> Report:

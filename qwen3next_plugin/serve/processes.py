@@ -33,18 +33,29 @@ def signal_group(group: int, number: int) -> bool:
 def stop(process: "subprocess.Popen[bytes]", seconds: float = SECONDS_TO_LEAVE) -> None:
     """End a process and its group: ask it (SIGINT), insist (SIGTERM, SIGKILL) after `seconds`, and wait for it.
 
-    The group's id is the process id (start_new_session); it stays taken while any member lives.
+    A second Ctrl-C while waiting kills at once. The group's id is the process id (start_new_session); it stays taken
+    while any member lives.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if not signal_group(process.pid, number):
-            break
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            process.poll()  # reaps the leader, which would otherwise count as a member for ever
-            if not signal_group(process.pid, 0):
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if _gone(process, number, seconds):
                 break
-            time.sleep(0.05)
-    process.wait()
+    finally:
+        _gone(process, signal.SIGKILL, seconds)
+        process.wait()
+
+
+def _gone(process: "subprocess.Popen[bytes]", number: int, seconds: float) -> bool:
+    """Signal the group and wait until nobody is left in it, at most `seconds`."""
+    if not signal_group(process.pid, number):
+        return True
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        process.poll()  # reaps the leader, which would otherwise count as a member for ever
+        if not signal_group(process.pid, 0):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @contextmanager
@@ -67,11 +78,3 @@ def running(
         yield process
     finally:
         stop(process)
-
-
-def tail(log: Path, lines: int = 20) -> str:
-    """The last lines of a log, indented."""
-    if not log.is_file():
-        return ""
-    text = log.read_text(errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in text[-lines:])
