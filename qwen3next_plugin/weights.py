@@ -33,7 +33,7 @@ from .weights_map import (
     unknown_tensor,
     wrong_shape,
 )
-from .weights_shards import check_tensor_parallel, shard_experts, shard_fused
+from .weights_shards import check_tensor_parallel, shard_fused
 
 __all__ = [
     "SCALE_SUFFIX",
@@ -49,7 +49,6 @@ __all__ = [
     "fused_stream",
     "has_mtp",
     "open_checkpoint",
-    "shard_experts",
     "shard_fused",
 ]
 

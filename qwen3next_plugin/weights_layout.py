@@ -43,7 +43,14 @@ def deinterleave_ba(w: torch.Tensor, gdn: GdnSpec) -> torch.Tensor:
 def _take_rows(w: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
     if w.shape[0] != len(rows):
         raise WeightError(f"{name} has {w.shape[0]} rows: config.json's linear-attention heads make {len(rows)}.")
-    return w[rows.to(w.device)]
+    return take_rows(w, rows, 0)
+
+
+def take_rows(w: torch.Tensor, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """``w.index_select(dim, rows)`` for any dtype: as bytes for FP8, which torch indexes on some devices only."""
+    if w.element_size() > 1:
+        return w.index_select(dim, rows.to(w.device))
+    return w.view(torch.uint8).index_select(dim, rows.to(w.device)).view(w.dtype)
 
 
 def deinterleave_qkvz_scales(scale_inv: torch.Tensor, gdn: GdnSpec, block_rows: int = FP8_BLOCK) -> torch.Tensor:

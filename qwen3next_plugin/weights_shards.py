@@ -1,4 +1,4 @@
-"""Slices of the fused tensors for tensor and expert parallelism, by heads where a tensor is made of heads.
+"""Slices of the fused tensors for tensor parallelism, by heads where a tensor is made of heads.
 
 Every slice is a choice of rows or columns, so that the FP8 block scales follow from the same choice.
 """
@@ -10,7 +10,7 @@ import torch
 
 from .errors import WeightError
 from .spec import Qwen3NextSpec
-from .weights_layout import take_block_scales
+from .weights_layout import take_block_scales, take_rows
 from .weights_map import SCALE_SUFFIX, Placement
 
 _PREFIX = re.compile(r"(model|mtp)\.layers\.\d+\.")
@@ -93,7 +93,7 @@ def shard_fused(
         return tensor
     rows = _rows(rule, placement.shard, rank, size)
     if weight == placement.name:
-        return tensor.index_select(rule.dim, rows.to(tensor.device))
+        return take_rows(tensor, rows, rule.dim)
     block = spec.quant.weight_block_size if spec.quant is not None else None
     if block is None:
         raise WeightError(
@@ -136,18 +136,3 @@ def check_tensor_parallel(spec: Qwen3NextSpec, size: int) -> None:
         if name.startswith("mlp.down") and not spec.dense_layers:
             continue
         _rows(rule, None, 0, size)
-
-
-def shard_experts(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """The experts (first dimension of a stacked tensor or its scales) that rank ``rank`` of ``size`` holds; a view.
-
-    Raises WeightError where ``size`` does not divide the number of experts.
-    """
-    num_experts = tensor.shape[0]
-    if num_experts % size or not 0 <= rank < size:
-        raise WeightError(
-            f"expert-parallel rank {rank} of {size} has no equal part of {num_experts} experts: use a size that "
-            f"divides num_experts ({num_experts}) and a rank below it."
-        )
-    count = num_experts // size
-    return tensor[rank * count : (rank + 1) * count]
