@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 def write(folder: Path, tensors: Tensors, num_files: int = 2) -> Path:
     """A checkpoint directory in ``num_files`` files with an index, as published."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = sorted(tensors)
     for i in range(num_files):
         file = f"model-{i + 1:05}-of-{num_files:05}.safetensors"
@@ -109,6 +109,11 @@ def _empty(folder: Path) -> None:
         file.unlink()
 
 
+def _remove(folder: Path) -> None:
+    _empty(folder)
+    folder.rmdir()
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a file": (_truncate(lambda n: n // 2), r"model-00001-of-00002\.safetensors is truncated.*bytes where"),
     "one byte short": (_truncate(lambda n: n - 1), r"model-00001-of-00002\.safetensors is truncated"),
@@ -137,7 +142,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index no JSON": (lambda folder: (folder / INDEX).write_text("{"), r"index\.json is not a safetensors index"),
     "no files": (_empty, r"holds no \*\.safetensors file"),
-    "no directory": (lambda folder: (_empty(folder), folder.rmdir()), r"is not a directory"),
+    "no directory": (_remove, r"is not a directory"),
 }
 
 

@@ -163,15 +163,16 @@ def test_an_override_without_base_or_partial_factor_takes_them_from_the_top_leve
 
 
 def test_fp8_and_other_quantisations() -> None:
+    ignored = ["lm_head", "model.layers.0.mlp.gate", "mlp.shared_expert_gate"]
     fp8 = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
-        "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "mlp.shared_expert_gate"],
+        "modules_to_not_convert": ignored,
     }
     quant = parse_config(new_form(quantization_config=fp8)).quant
-    assert quant == QuantSpec("fp8", (128, 128), tuple(fp8["modules_to_not_convert"]), "dynamic")
+    assert quant == QuantSpec("fp8", (128, 128), tuple(ignored), "dynamic")
     assert quant.is_ignored("lm_head") and quant.is_ignored("model.layers.0.mlp.gate")
     assert quant.is_ignored("model.layers.7.mlp.shared_expert_gate")
     assert not quant.is_ignored("model.layers.0.mlp.gate_proj") and not quant.is_ignored("model.layers.1.mlp.gate")

@@ -110,9 +110,9 @@ def test_fused_tensors_hold_the_checkpoints_rows_in_the_contracted_places(dense:
         gate, up, down = (tensors[f"model.layers.2.mlp.experts.{j}.{p}_proj.weight"] for p in ("gate", "up", "down"))
         assert torch.equal(fused["model.layers.2.mlp.experts.w13"][j], torch.cat([gate, up]))
         assert torch.equal(fused["model.layers.2.mlp.experts.w2"][j], down)
-    for layer in dense:
-        assert fused[f"model.layers.{layer}.mlp.gate_up_proj.weight"].shape == (2 * spec.intermediate_size, 64)
-        assert f"model.layers.{layer}.mlp.experts.w13" not in fused
+    for index in dense:
+        assert fused[f"model.layers.{index}.mlp.gate_up_proj.weight"].shape == (2 * spec.intermediate_size, 64)
+        assert f"model.layers.{index}.mlp.experts.w13" not in fused
     for name in (
         "model.embed_tokens.weight",
         "lm_head.weight",
