@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 
-BLOCK_T = 32
+BLOCK_T = 16
 # The state is shifted in place. That is safe because every channel's columns are read and written by one thread, which
 # holds as long as a block has at least one channel a thread.
 NUM_WARPS = 4
@@ -93,10 +93,10 @@ def _prefill_kernel(
     if chunk == 0:  # alone reads the history, and so may overwrite it
         tl.debug_barrier()
         for column in tl.static_range(WIDTH - 1):
-            source = length - (WIDTH - 1) + column
+            position = length - (WIDTH - 1) + column
             last = tl.zeros((BLOCK_D,), tl.float32)
-            if source >= 0:
-                last = tl.load(x_row + source * x_token, mask=in_dim, other=0.0).to(tl.float32)
+            if position >= 0:
+                last = tl.load(x_row + position * x_token, mask=in_dim, other=0.0).to(tl.float32)
             elif has_history:
                 last = tl.load(state_row + (length + column) * state_column, mask=in_dim, other=0.0).to(tl.float32)
             tl.store(state_row + column * state_column, last.to(state.dtype.element_ty), mask=in_dim)

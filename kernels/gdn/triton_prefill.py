@@ -21,30 +21,33 @@ BLOCK_V = 32
 
 
 @triton.jit
-def _nilpotent_inverse(A, identity):
+def _nilpotent_inverse(A, identity, PRECISION: tl.constexpr):
     """``inverse(I + A)`` where ``A^8 = 0``: exactly ``(I - A) (I + A^2) (I + A^4)``."""
-    A2 = tl.dot(A, A, input_precision="tf32x3")
-    A4 = tl.dot(A2, A2, input_precision="tf32x3")
+    A2 = tl.dot(A, A, input_precision=PRECISION)
+    A4 = tl.dot(A2, A2, input_precision=PRECISION)
     X = identity - A
-    X += tl.dot(X, A2, input_precision="tf32x3")
-    return X + tl.dot(X, A4, input_precision="tf32x3")
+    X += tl.dot(X, A2, input_precision=PRECISION)
+    return X + tl.dot(X, A4, input_precision=PRECISION)
 
 
 @triton.jit
-def _unit_lower_inverse(A, CHUNK: tl.constexpr):
-    """``inverse(I + A)`` for strictly lower triangular ``A [64, 64]``, in float32 and in matrix products only.
+def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """``inverse(I + A)`` for strictly lower triangular ``A [64, 64]`` in float32, in matrix products only.
 
     With D the inverse of the 8 by 8 diagonal blocks and L the rest of A, it is ``inverse(I + D L) D``, and both A's
     blocks and D L are nilpotent of order 8. Doubling over all 64 rows at once would not do: with repeated keys the
-    powers grow like binomial coefficients, 1e18 over 64 rows, but at most 35 over 8.
+    powers grow like binomial coefficients, 1e18 over 64 rows, but at most 35 over 8. A Newton step at the end squares
+    what rounding to TF32 left of the error.
     """
     tl.static_assert(CHUNK == 64)
     c = tl.arange(0, CHUNK)
     identity = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
     in_block = (c // 8)[:, None] == (c // 8)[None, :]
-    D = _nilpotent_inverse(tl.where(in_block, A, 0.0), identity)
-    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision="tf32x3")
-    return tl.dot(_nilpotent_inverse(M, identity), D, input_precision="tf32x3")
+    D = _nilpotent_inverse(tl.where(in_block, A, 0.0), identity, PRECISION)
+    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
+    T = tl.dot(_nilpotent_inverse(M, identity, PRECISION), D, input_precision=PRECISION)
+    residual = identity - T - tl.dot(A, T, input_precision="tf32x3")
+    return T + tl.dot(T, residual, input_precision=PRECISION)
 
 
 @triton.jit
@@ -82,6 +85,7 @@ def _chunk_kernel(
     BLOCK_ROWS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    INVERSE_PRECISION: tl.constexpr,
 ):
     row, chunk = locate_chunk(
         tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, CHUNK, BLOCK_ROWS
@@ -108,34 +112,33 @@ def _chunk_kernel(
     G_last = tl.min(G, 0)  # g is never positive, and padding adds nothing
 
     q_at = qkv + token[:, None] * qkv_token + (k_head * KEY_DIM + k_index)[None, :] * qkv_column
+    k_at = q_at + K_HEADS * KEY_DIM * qkv_column
     q = tl.load(q_at, mask=k_tile, other=0.0).to(DOT)
-    k = tl.load(q_at + K_HEADS * KEY_DIM * qkv_column, mask=k_tile, other=0.0).to(DOT)
+    k = tl.load(k_at, mask=k_tile, other=0.0).to(DOT)
     q_wide = q.to(tl.float32)
     k_wide = k.to(tl.float32)
     q_norm = scale / tl.sqrt(tl.sum(q_wide * q_wide, 1) + EPSILON)
     k_norm = 1.0 / tl.sqrt(tl.sum(k_wide * k_wide, 1) + EPSILON)
+    at = token * V_HEADS + head  # workspaces are [T, HV, ...], contiguous
+    tl.store(q_scales + at, q_norm * tl.exp(G), mask=valid)
+    tl.store(k_scales + at, k_norm * tl.exp(G_last - G), mask=valid)
+    tl.store(carries + tl.min(at, 0), tl.exp(G_last))
 
     below = c[:, None] > c[None, :]
-    diagonal = c[:, None] == c[None, :]
-    decay = tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0))
-    keys = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * k_norm[None, :]
-    T = _unit_lower_inverse(tl.where(below, keys * (beta * k_norm)[:, None], 0.0), CHUNK).to(DOT)
-    P = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * q_norm[:, None] * k_norm[None, :]
-    P = tl.where(below | diagonal, P, 0.0)
-    at = token * V_HEADS + head  # workspaces are [T, HV, ...], contiguous
-    tl.store(P_out + at[:, None] * CHUNK + c[None, :], P.to(DOT), mask=valid[:, None])
+    lower = c[:, None] >= c[None, :]
+    decay = tl.exp(tl.where(below, G[:, None] - G[None, :], 0.0)) * k_norm[None, :]
+    P = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * q_norm[:, None]
+    tl.store(P_out + at[:, None] * CHUNK + c[None, :], tl.where(lower, P, 0.0).to(DOT), mask=valid[:, None])
+    A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * (beta * k_norm)[:, None]
+    T = _unit_lower_inverse(tl.where(below, A, 0.0), CHUNK, INVERSE_PRECISION).to(DOT)
 
-    replaced = (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT)
-    W = tl.dot(T, replaced, input_precision=PRECISION)
+    k_wide = tl.load(k_at, mask=k_tile, other=0.0).to(tl.float32)  # again: held across the inverse it would spill
+    W = tl.dot(T, (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT), input_precision=PRECISION)
     tl.store(W_out + at[:, None] * KEY_DIM + k_index[None, :], W.to(DOT), mask=k_tile)
     v_at = qkv + token[:, None] * qkv_token + (2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index)[None, :] * qkv_column
     v = tl.load(v_at, mask=v_tile, other=0.0).to(tl.float32)
     U = tl.dot(T, (v * beta[:, None]).to(DOT), input_precision=PRECISION)
     tl.store(U_out + at[:, None] * VALUE_DIM + v_index[None, :], U.to(DOT), mask=v_tile)
-
-    tl.store(q_scales + at, q_norm * tl.exp(G), mask=valid)
-    tl.store(k_scales + at, k_norm * tl.exp(G_last - G), mask=valid)
-    tl.store(carries + tl.min(at, 0), tl.exp(G_last))
 
 
 @triton.jit
@@ -265,7 +268,6 @@ def gdn_prefill(
         "CHUNK": CHUNK,
         "DOT": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "tf32" if mixed_qkv.dtype == torch.float16 else "tf32x3",
-        "num_warps": 4,
     }
     _chunk_kernel[(max_chunks(tokens, rows, CHUNK, max_query_len), v_heads)](
         mixed_qkv,
@@ -288,6 +290,8 @@ def gdn_prefill(
         state_slots.stride(0),
         BLOCK_V=block_v,
         BLOCK_ROWS=BLOCK_ROWS,
+        INVERSE_PRECISION="tf32x3" if mixed_qkv.dtype == torch.float32 else "tf32",
+        num_warps=4,
         num_stages=1,
         **shared,
     )
@@ -309,6 +313,7 @@ def gdn_prefill(
         *out.stride(),
         state_slots.stride(0),
         BLOCK_V=walk_v,
+        num_warps=4,
         num_stages=2 if narrow and block_k <= 128 else 1,
         **shared,
     )
