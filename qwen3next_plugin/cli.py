@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .activation import DISTRIBUTION, plugin_version
+from .demo.command import demo_checkpoint
 from .errors import ConfigError, PluginError, WeightError
 from .settings import settings_help
 
@@ -46,6 +47,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+
+
+app.command("demo-checkpoint")(demo_checkpoint)
 
 
 @app.command()

@@ -20,6 +20,10 @@ class Batch:
     tokens: Tensor
     answers: Tensor
 
+    def to(self, device: str) -> "Batch":
+        """The batch on ``device``."""
+        return Batch(self.tokens.to(device), self.answers.to(device))
+
 
 def encode_message(message: Message, encode: Encode) -> tuple[list[int], list[bool]]:
     """One message as the chat template renders it, and which of its tokens the assistant has to say.

@@ -21,7 +21,7 @@ def checkpoint_tensors(fused: Mapping[str, Tensor], spec: Qwen3NextSpec) -> Iter
     for name, shape in tensor_shapes(spec):
         source = locate(name, spec)
         assert source is not None  # both tables list the same tensors; a test compares them
-        tensor = _part(fused[source.placement.name].detach(), source, spec).reshape(shape)
+        tensor = _part(fused[source.placement.name].detach().cpu(), source, spec).reshape(shape)
         wide = source.relayout == "float32"
         yield name, tensor.to(torch.float32 if wide else spec.dtype).contiguous().clone()
 

@@ -194,6 +194,7 @@ def save_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_by
         nonlocal pending, size
         path = directory / f"model-{len(shards) + 1:05d}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         shards.append(dict.fromkeys(pending, path.name))
         pending, size = {}, 0
 

@@ -85,10 +85,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deep": _TINY | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4},
     "dense": _TINY | {"mlp_only_layers": [0, 3]},
     "blocks": _TINY | _BLOCKS,
-    # What `qwen3next demo-checkpoint` ships: 2.7 million parameters, the proportions of the published model where size allows.
+    # What `qwen3next demo-checkpoint` ships: 1.9 million parameters, the proportions of the published model where size allows.
     "demo": {
-        "bos_token_id": None,
-        "eos_token_id": 1023,
         "head_dim": 64,
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -103,7 +101,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
-        "pad_token_id": 1021,
         "rope_theta": 1_000_000,
         "shared_expert_intermediate_size": 64,
         "vocab_size": 1024,
@@ -131,7 +128,7 @@ def config_of(shape: str, dtype: str = "bfloat16", fp8: bool = False, **override
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SettingsError(f"dtype: {dtype!r} cannot be written: use bfloat16, float16 or float32.")
     config = PUBLISHED | SHAPES[shape] | {"torch_dtype": dtype} | overrides
-    if "eos_token_id" not in SHAPES[shape] and config["vocab_size"] < PUBLISHED["vocab_size"]:
+    if config["vocab_size"] < PUBLISHED["vocab_size"]:
         # The tokenizer's three special tokens stand behind its 256 bytes: see tokenizer.byte_tokenizer.
         config |= {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": 256} | overrides
     if fp8:

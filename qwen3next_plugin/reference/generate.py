@@ -44,7 +44,7 @@ def _continue_greedily(
     cache, answer = ReferenceCache(), Generation()
     step = list(prompt)
     while len(answer.tokens) < max_new_tokens:
-        logits = model(torch.tensor([step]), cache)[0, -1].double()
+        logits = model(model.tokens(step), cache)[0, -1].double()
         best, second = logits.topk(2).values.tolist()
         token = int(logits.argmax())
         answer.tokens.append(token)
@@ -97,7 +97,7 @@ def accept_drafts(
     Because the target is greedy, its tokens are known beforehand: a draft is accepted exactly when it equals the answer's token, and
     after each step decoding goes on behind the last accepted draft and the token that the verification adds.
     """
-    tokens = torch.tensor([[*prompt, *answer]])
+    tokens = model.tokens([*prompt, *answer])
     prefill = ReferenceCache()
     first = model.mtp(model.hidden(tokens[:, :-1]), tokens[:, 1:], prefill)
     keys_values = prefill.layer("mtp.layers.0.")

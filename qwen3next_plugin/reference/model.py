@@ -21,9 +21,8 @@ SCALE_SUFFIX = "_scale_inv"
 GATE_PARAMETERS = ("A_log", "dt_bias")  # never rounded below float32, as in the checkpoint
 
 
-def prepare_weights(weights: Mapping[str, Tensor], spec: Qwen3NextSpec, dtype: torch.dtype) -> dict[str, Tensor]:
+def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights the oracle computes with: FP8 blocks multiplied out, everything in ``dtype``, gate parameters in float32 or wider."""
-    block = spec.quant.weight_block_size if spec.quant else None
     wide = torch.promote_types(dtype, torch.float32)
     prepared = {}
     for name, weight in weights.items():
@@ -31,7 +30,7 @@ def prepare_weights(weights: Mapping[str, Tensor], spec: Qwen3NextSpec, dtype: t
             continue
         scale = weights.get(name + SCALE_SUFFIX)
         if scale is not None:
-            weight = dequantize_block(weight, scale, wide, block or (128, 128))
+            weight = dequantize_block(weight, scale, wide)
         prepared[name] = weight.to(wide if name.endswith(GATE_PARAMETERS) else dtype)
     return prepared
 
@@ -56,7 +55,7 @@ class ReferenceModel:
         delta_rule: str = "auto",
     ) -> None:
         self.spec = spec
-        self.weights = prepare_weights(weights, spec, dtype)
+        self.weights = prepare_weights(weights, dtype)
         self.dtype = dtype
         self.delta_rule = delta_rule
         prefixes = [f"model.layers.{i}." for i in range(spec.num_layers)]
@@ -70,6 +69,15 @@ class ReferenceModel:
         spec = load_spec(path)
         return cls(spec, fuse_checkpoint(open_checkpoint(path), spec), dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights["model.embed_tokens.weight"].device
+
+    def tokens(self, ids: Sequence[int]) -> Tensor:
+        """One sequence of token ids as ``[1, T]`` beside the weights."""
+        return torch.tensor([list(ids)], device=self.device)
+
     def layer(self, prefix: str) -> Weights:
         """The weights of the layer called ``prefix`` (``model.layers.3.``, ``mtp.layers.0.``), names without it."""
         return self._layers[prefix]
@@ -82,7 +90,7 @@ class ReferenceModel:
         end = start + length
         if self._cos_sin is None or self._cos_sin.shape[0] < end:
             # Twice what is needed, so that decoding token by token does not rebuild the table at every step.
-            self._cos_sin = build_cos_sin(self.spec.rope, self.spec.attention.rotary_dim, 2 * end)
+            self._cos_sin = build_cos_sin(self.spec.rope, self.spec.attention.rotary_dim, 2 * end, self.device)
         cos, sin = self._cos_sin[start:end].chunk(2, dim=-1)
         return cos, sin
 
@@ -119,7 +127,7 @@ class ReferenceModel:
     def ragged(self, sequences: Sequence[Sequence[int]], caches: Sequence[ReferenceCache] | None = None) -> list[Tensor]:
         """Sequences of any lengths -> logits ``[T_i, vocab]`` of each; no padding, so nothing can leak between them."""
         each = caches if caches is not None else [None] * len(sequences)
-        return [self(torch.tensor([list(s)]), cache)[0] for s, cache in zip(sequences, each, strict=True)]
+        return [self(self.tokens(s), cache)[0] for s, cache in zip(sequences, each, strict=True)]
 
     def mtp_input(self, hidden: Tensor, next_tokens: Tensor) -> Tensor:
         """``fc([norm(embedding of the next token), norm(hidden)])``, in this order: ``[B, T, H]``."""

@@ -1,6 +1,8 @@
 """Switches from the environment."""
 
 import pytest
+import torch
+from qwen3next_plugin.kernels import dispatch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
@@ -37,6 +39,33 @@ def test_what_means_nothing_is_refused_with_what_would(environment: dict[str, st
         read_settings(environment)
     message = str(caught.value)
     assert all(part in message for part in parts) and message.endswith(".") and "\n" not in message
+
+
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(kernels="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    settings.check_device("cpu")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    settings.check_device("cuda")
+    Settings().check_device("cpu")
+    with pytest.raises(SettingsError, match="QWEN3NEXT_KERNELS is 'triton' on a CPU"):
+        settings.check_device("cpu")
+
+
+def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1)
+    try:
+        assert dispatch.choose(x, Settings().backend) == "reference"
+        dispatch.prefer(Settings(kernels="triton").backend)
+        assert dispatch.choose(x, None) == "triton" and dispatch.choose(x, "reference") == "reference"
+        assert dispatch.describe("cpu")["gdn_decode"].startswith("triton")
+        dispatch.prefer(Settings(kernels="reference").backend)
+        assert set(dispatch.describe("cuda").values()) == {"reference"}
+        with pytest.raises(ValueError, match="backend is 'cuda'"):
+            dispatch.prefer("cuda")
+    finally:
+        dispatch.prefer(None)
 
 
 def test_help_names_every_variable() -> None:
