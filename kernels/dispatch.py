@@ -24,6 +24,7 @@ Implementation = str | Callable[[], str]
 
 _LIBRARY = torch.library.Library("qwen3next", "FRAGMENT")  # kept alive: its registrations go when it goes
 _DECLARED: dict[str, dict[str, Implementation]] = {}
+_preferred: str | None = None
 
 
 def interpreting() -> bool:
@@ -31,12 +32,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def prefer(backend: str | None) -> None:
+    """Make `backend` ("reference" or "triton") what None means in this process; None goes back to automatic.
+
+    For a user's switch, read once at start. Raises ValueError for another name.
+    """
+    global _preferred
+    if backend not in (None, REFERENCE, TRITON):
+        raise ValueError(f"backend is {backend!r}; it must be None, {REFERENCE!r} or {TRITON!r}")
+    _preferred = backend
+
+
 def choose(tensor: torch.Tensor, backend: str | None) -> str:
     """The implementation that runs for `tensor`: "reference" or "triton".
 
-    `backend` None means Triton on CUDA tensors and the reference elsewhere; a name is taken at its word.
-    Raises ValueError for an unknown name, and for "triton" on a CPU tensor outside Triton's interpreter.
+    `backend` None means what `prefer` was told, else Triton on CUDA tensors and the reference elsewhere; a name is
+    taken at its word. Raises ValueError for an unknown name, and for "triton" on a CPU tensor outside Triton's
+    interpreter.
     """
+    backend = backend or _preferred
     if backend is None:
         return TRITON if tensor.is_cuda else REFERENCE
     if backend == TRITON and not tensor.is_cuda and not interpreting():
@@ -68,7 +82,10 @@ def describe(device_type: str) -> dict[str, str]:
     for module in pkgutil.iter_modules(package.__path__):
         if module.ispkg:
             importlib.import_module(f"{__package__}.{module.name}")
-    texts = ((op, by_device[device_type]) for op, by_device in sorted(_DECLARED.items()))
+    if _preferred == REFERENCE:
+        return dict.fromkeys(sorted(_DECLARED), REFERENCE)
+    column = "cuda" if _preferred == TRITON else device_type
+    texts = ((op, by_device[column]) for op, by_device in sorted(_DECLARED.items()))
     return {op: text() if callable(text) else text for op, text in texts}
 
 

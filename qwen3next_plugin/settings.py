@@ -42,6 +42,11 @@ class Settings:
         """``kernels`` as the operations' ``backend`` argument: None for automatic."""
         return None if self.kernels == "auto" else self.kernels
 
+    def check_device(self, device_type: str) -> None:
+        """Raise SettingsError if ``kernels`` cannot run on this device type ("cuda" or "cpu")."""
+        if self.kernels == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise SettingsError("QWEN3NEXT_KERNELS is 'triton' on a CPU: use auto or reference, or TRITON_INTERPRET=1.")
+
 
 def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     """The settings that the process's environment (or the mapping given) asks for; empty values count as unset.

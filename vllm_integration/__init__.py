@@ -9,10 +9,11 @@ def register() -> None:
     from .refusal import refuse
 
     try:
-        if not read_settings().enabled:
+        settings = read_settings()
+        if not settings.enabled:
             return
         from .registration import activate
 
-        activate()
+        activate(settings)
     except PluginError as error:
         refuse(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import vllm
 
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
+from qwen3next_plugin.kernels.dispatch import prefer
+from qwen3next_plugin.settings import Settings
 
 PACKAGE = __package__
 
@@ -23,10 +25,10 @@ RELIANCES = [
 ]
 
 
-def activate() -> None:
+def activate(settings: Settings) -> None:
     """Checks the engine, then registers models, checks, graph-splitting op and CPU kernels. Safe to repeat.
 
-    Raises UnsupportedEngineError or DriftError before anything is changed.
+    Raises UnsupportedEngineError, DriftError or SettingsError before anything is changed.
     """
     check_engine("vllm", vllm.__version__)
     check_reliances(RELIANCES)
@@ -38,6 +40,9 @@ def activate() -> None:
     from vllm.transformers_utils import config as config_parsers
 
     from .checks import CheckedCheckpoint, CheckedConfigParser
+
+    settings.check_device(current_platform.device_type)
+    prefer(settings.backend)
 
     # By name, so that vLLM inspects the classes in a subprocess and this one stays free of CUDA.
     ModelRegistry.register_model("Qwen3NextForCausalLM", f"{PACKAGE}.model:Qwen3NextForCausalLM")

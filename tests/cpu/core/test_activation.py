@@ -2,9 +2,9 @@
 
 import torch
 import triton
-from qwen3next_plugin.kernels.dispatch import describe
 
 from qwen3next_plugin.activation import activation_line, plugin_version
+from qwen3next_plugin.kernels.dispatch import describe
 
 
 def test_one_line_holds_versions_device_and_each_operations_choice() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from qwen3next_plugin.kernels import dispatch
 
 from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
+from qwen3next_plugin.errors import DriftError
 from qwen3next_plugin.vllm_integration import cpu_mamba
 from vllm.model_executor.layers.mamba import mamba_utils as layout_utils
 from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec, get_temporal_copy_spec
@@ -25,8 +26,6 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker import mamba_utils
-
-from qwen3next_plugin.errors import DriftError
 
 WIDTH, CHANNELS, STATE = 4, 6, (2, 3, 5)
 GDN = MambaAttentionBackendEnum.GDN_ATTN
