@@ -5,6 +5,7 @@ Reads MODEL, PORT, ARGS, ONCE, ENGINE and the other variables of `settings.NAMES
 
 import hashlib
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from .errors import ServeError
 from .machine import choose_device
 from .processes import running, stop_on_termination
 from .progress import Progress
-from .settings import Settings, engine_environment, read_engine
+from .settings import CPU_CACHE_GIB, Settings, engine_environment, read_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION_FOR_THE_DEMO = "My name is Ada. What is my name?"
@@ -99,8 +100,10 @@ def serve(settings: Settings, python: Path, device: str) -> None:
     start = log.stat().st_size
     api = Api(f"http://{settings.host}:{settings.port}", settings.api_key)
     stock = os.environ.get("QWEN3NEXT_PLUGIN") == "0"
-    print(f"$ {' '.join(map(str, command[1:]))}".replace("$ ", f"$ {settings.engine.name} "), flush=True)
-    with running(command, log, engine_environment(settings, python, device, os.environ)) as process:
+    env = engine_environment(settings, python, device, os.environ)
+    shown = [f"{CPU_CACHE_GIB}={env[CPU_CACHE_GIB]}"] if CPU_CACHE_GIB in env else []
+    print("$", shlex.join([*shown, settings.engine.name, *map(str, command[1:])]), flush=True)
+    with running(command, log, env) as process:
         wait_until_ready(process, log, start, api, settings.timeout)
         line = activation_line(log, start)
         if line is None and not stock:

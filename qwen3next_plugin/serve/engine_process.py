@@ -12,6 +12,11 @@ from .progress import Progress
 ACTIVATION = "qwen3next-plugin"
 """The plugin's one log line an engine process begins with this name."""
 
+REFUSAL = "qwen3next-plugin: "
+"""What the plugin's sentence begins with when it stops an engine."""
+
+_EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
+
 # What a line of vLLM's log says about where its start has got to; the last one that matched is shown.
 _PHASES = [
     (re.compile(pattern), phase)
@@ -34,6 +39,22 @@ def phase_of(line: str) -> str | None:
     return None
 
 
+def cause_of_death(log: Path, start: int) -> str:
+    """The most telling line of a failed start: a refusal of the plugin, else the first exception; "" if there is none.
+
+    Engines pass an exception on through several processes; the first one logged is where it began.
+    """
+    first = ""
+    with log.open(errors="replace") as output:
+        output.seek(start)
+        for line in output:
+            if line.startswith(REFUSAL):
+                return line.removeprefix(REFUSAL).strip()
+            if not first and (found := _EXCEPTION.search(line)):
+                first = found.group().strip()
+    return first
+
+
 def wait_until_ready(process: "subprocess.Popen[bytes]", log: Path, start: int, api: Api, timeout: float) -> float:
     """Follow the log from byte `start` until /health answers; returns the seconds it took.
 
@@ -47,7 +68,10 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", log: Path, start: int, 
                 phase = phase_of(line) or phase
             step.update(phase)
             if process.poll() is not None:
-                raise ServeError(f"The engine ended with exit code {process.returncode} before it was ready.", log)
+                cause = cause_of_death(log, start) or "no reason given."
+                raise ServeError(
+                    f"The engine ended with exit code {process.returncode} before it was ready: {cause}", log
+                )
             if step.seconds > timeout:
                 raise ServeError(f"The engine was not ready after {timeout:.0f} s (TIMEOUT=… changes that).", log)
             time.sleep(0.2)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import pins
 from .errors import ServeError
-from .inside import inspect, remove_half_installed
+from .inside import inspect, name_vllm, remove_half_installed
 from .pip import Pip
 from .plan import intruders, is_cpu_build, pinned_for_cpu, requirement_name, requirements_of, without_kept_out
 from .processes import running
@@ -55,7 +55,13 @@ class Environment:
     def key(self) -> str:
         """A hash of all that decides what is installed."""
         digest = hashlib.sha256((self.root / "pyproject.toml").read_bytes())
-        wanted = [self.engine.requirement(self.device), pins.TORCH_CPU, sorted(pins.KEPT_OUT), self.origin()]
+        wanted = [
+            pins.STEPS,
+            self.engine.requirement(self.device),
+            pins.TORCH_CPU,
+            sorted(pins.KEPT_OUT),
+            self.origin(),
+        ]
         digest.update(json.dumps(wanted, sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -179,6 +185,7 @@ class Environment:
         report = pip.report("Choosing versions", wanted)
         chosen = pinned_for_cpu(report)
         pip.install(f"Installing {engine} and {len(chosen)} packages", ["--no-deps", engine, *chosen])
+        name_vllm(self.python)
 
     def _check(self, pip: Pip) -> None:
         """Look at what is really there."""

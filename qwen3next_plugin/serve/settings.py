@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import pins
+from . import machine, pins
 from .errors import ServeError
 
 NAMES = (
@@ -17,6 +17,7 @@ NAMES = (
 """Every variable that `make serve` knows; none is passed on to the engine."""
 
 DEFAULT_PORT = 8000
+CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ def engine_environment(settings: Settings, python: Path, device: str, environ: M
     of_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKE_TERMOUT", "MAKE_TERMERR", *NAMES}
     env = {name: value for name, value in environ.items() if name not in of_make}
     env["PATH"] = f"{python.parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    if device == "cpu" and settings.model is None and not any("kv-cache" in part for part in settings.engine_arguments):
-        # Left alone, vLLM takes nearly all memory for the cache; the demo model needs next to none.
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if device == "cpu" and not any(part.startswith("--kv-cache-memory") for part in settings.engine_arguments):
+        # Left alone, vLLM takes nearly all memory for the cache and refuses to start if another program uses some.
+        available = 4 if settings.model is None else machine.available_memory_gib()
+        env.setdefault(CPU_CACHE_GIB, str(max(1, int(available / 4))))
     return env
 
 

@@ -118,7 +118,7 @@ def test_it_stays_up_until_it_is_told_to_stop(tmp_path: Path, port: str, number:
 @pytest.mark.parametrize(
     ("mode", "sentence"),
     [
-        ("dies", "FAILED: The engine ended with exit code 3 before it was ready."),
+        ("dies", "FAILED: The engine ended with exit code 3 before it was ready: ValueError: no such architecture"),
         ("stock", "FAILED: The engine is up, but the plugin did not say that it is active."),
         ("refuses", "FAILED: The server refused /v1/chat/completions with 400"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from qwen3next_plugin.serve import machine
 from qwen3next_plugin.serve.errors import ServeError
-from qwen3next_plugin.serve.settings import Settings, engine_environment
+from qwen3next_plugin.serve.settings import CPU_CACHE_GIB, Settings, engine_environment
 
 
 def test_nothing_said_means_the_demo_on_a_free_port_until_ctrl_c() -> None:
@@ -68,12 +68,30 @@ def test_a_port_in_use_is_refused_if_asked_for() -> None:
 
 
 def test_the_engine_gets_the_users_variables_but_not_makes() -> None:
-    demo, other = Settings.read({}), Settings.read({"MODEL": "a/b"})
     given = {"MODEL": "a/b", "PORT": "1", "MAKELEVEL": "1", "HF_HOME": "/h", "PATH": "/bin"}
-    env = engine_environment(demo, Path("/e/bin/python"), "cpu", given)
-    assert env == {"HF_HOME": "/h", "PATH": "/e/bin:/bin", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment(other, Path("/e/bin/python"), "cpu", given)
-    assert "VLLM_CPU_KVCACHE_SPACE" not in engine_environment(demo, Path("/e/bin/python"), "gpu", given)
+    env = engine_environment(Settings.read({}), Path("/e/bin/python"), "gpu", given)
+    assert env == {"HF_HOME": "/h", "PATH": "/e/bin:/bin"}
+
+
+def test_on_a_cpu_the_cache_leaves_memory_to_others_unless_the_user_says_how_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "available_memory_gib", lambda: 22.5)
+
+    def cache(given: dict[str, str], variables: dict[str, str]) -> str | None:
+        return engine_environment(Settings.read(variables), Path("/e/bin/python"), "cpu", given).get(CPU_CACHE_GIB)
+
+    assert cache({}, {}) == "1"
+    assert cache({}, {"MODEL": "a/b"}) == "5"
+    assert cache({CPU_CACHE_GIB: "7"}, {"MODEL": "a/b"}) == "7"
+    assert cache({}, {"ARGS": "--kv-cache-memory-bytes 1G"}) is None
+
+
+def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 99 kB\nMemAvailable:   3145728 kB\n")
+    assert machine.available_memory_gib(meminfo) == 3.0
+    assert machine.available_memory_gib(tmp_path / "none") == 0.0
 
 
 def test_the_device_is_found_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
