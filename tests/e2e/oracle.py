@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from qwen3next_plugin.reference import ReferenceModel, generate_greedy
+from qwen3next_plugin.reference import LayerState, ReferenceCache, ReferenceModel, generate_greedy
 
 from .requests import Completion
 
-TIE_MARGIN = 0.02
-"""Logits by which every token of a golden answer must win: hundreds of times the engine's float32 error."""
+TIE_MARGIN = 3e-3
+"""Logits by which every token of a golden answer must win: far above the engine's float32 error, which tests assert."""
 
 LOGPROB_TOLERANCE = 2e-3
 """Largest difference of a log-probability between a float32 engine and the float64 oracle."""
@@ -41,19 +41,33 @@ def random_prompt(seed: int, length: int, vocab_size: int = 256) -> tuple[int, .
 
 
 @lru_cache(maxsize=64)
-def golden_prompts(checkpoint: Path, lengths: tuple[int, ...], max_tokens: int, seed: int = 0) -> list[Golden]:
-    """One golden prompt of each length; prompts whose answers come near a tie are drawn again."""
+def golden_prompts(
+    checkpoint: Path, starts: tuple[int | tuple[int, ...], ...], max_tokens: int, seed: int = 0
+) -> list[Golden]:
+    """A golden prompt for each start: a number of random tokens, or tokens to which up to a few random ones are added.
+
+    Prompts whose answers come near a tie are drawn again.
+    """
     found = []
-    for index, length in enumerate(lengths):
-        for attempt in range(20):
-            prompt = random_prompt(seed + 1000 * index + attempt, length)
+    for index, start in enumerate(starts):
+        for attempt in range(30):
+            key = seed + 1000 * index + attempt
+            prompt = random_prompt(key, start) if isinstance(start, int) else (*start, *random_prompt(key, attempt))
             answer = generate_greedy(oracle(checkpoint), [prompt], max_tokens)[0]
             if answer.smallest_margin >= TIE_MARGIN:
                 found.append(Golden(prompt, tuple(answer.tokens)))
                 break
         else:
-            raise AssertionError(f"no prompt of {length} tokens whose answer is free of ties in 20 attempts")
+            raise AssertionError(f"30 prompts, none with an answer of {max_tokens} tokens that is free of ties")
     return found
+
+
+@torch.no_grad()
+def oracle_states(checkpoint: Path, tokens: Sequence[int]) -> dict[str, LayerState]:
+    """State of every Gated DeltaNet layer after `tokens`, by the layer's name in the engine."""
+    cache = ReferenceCache()
+    oracle(checkpoint)(torch.tensor([list(tokens)]), cache)
+    return {f"{prefix}linear_attn": state for prefix, state in cache.layers.items() if state.ssm is not None}
 
 
 @torch.no_grad()

@@ -1,0 +1,122 @@
+"""What the engine keeps between steps, compared as tensors: every state in its prefix cache against the oracle's.
+
+Tokens alone can hide a wrong state. Random weights, and drafts that the model accepts and rejects in every mixture, leave
+it nowhere to hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import relative_error
+
+from .inside import Ask, Job, Result, run_inside
+from .oracle import Golden, golden_prompts, oracle_states, random_prompt
+
+STATE_TOLERANCE = 1e-4
+"""Relative error of a float32 state against float64."""
+
+BLOCK = 32
+
+
+def engine(max_model_len: int = 512, num_drafts: int = 0, cache: bool = True, **more: Any) -> dict[str, Any]:
+    """Arguments of an engine with small blocks, so that a short test crosses many boundaries."""
+    arguments: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": max_model_len,
+        "max_num_seqs": 4,
+        "block_size": BLOCK,
+        "kv_cache_memory_bytes": 64 << 20,
+        "enable_prefix_caching": cache,
+    }
+    if num_drafts:
+        arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": num_drafts}
+    return arguments | more
+
+
+def asks(golden: Sequence[Golden]) -> list[Ask]:
+    return [Ask(list(g.prompt), len(g.answer), list(g.answer)) for g in golden]
+
+
+def assert_answers(result: Result, *rounds: Sequence[Golden]) -> None:
+    for tokens, golden in zip(result.tokens, rounds, strict=True):
+        for found, expected in zip(tokens, golden, strict=True):
+            assert found == list(expected.answer), f"after a prompt of {len(expected.prompt)} tokens"
+
+
+def assert_cached_states(result: Result, checkpoint: Path, at_least: int) -> None:
+    assert len(result.states) >= at_least, [len(state.tokens) for state in result.states]
+    for found in result.states:
+        assert len(found.tokens) % result.block_size == 0
+        expected = oracle_states(checkpoint, found.tokens)
+        assert set(found.ssm) == set(expected)
+        for name, state in expected.items():
+            assert state.ssm is not None and state.conv is not None
+            where = f"{name} after {len(found.tokens)} tokens"
+            history = found.conv[name][: state.conv.shape[1]]
+            assert relative_error(found.ssm[name], state.ssm[0]) < STATE_TOLERANCE, where
+            assert relative_error(history, state.conv[0]) < STATE_TOLERANCE, where
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_drafts"), [("ratio2", 0), ("ratio1", 1), ("ratio4", 2), ("ratio2", 3)], ids=lambda v: str(v)
+)
+def test_cached_states_are_the_oracles(random_checkpoint: Callable[[str], Path], shape: str, num_drafts: int) -> None:
+    """Four conversations at once, then a second turn of each, which starts from cached states."""
+    checkpoint = random_checkpoint(shape)
+    first = golden_prompts(checkpoint, (150, 70, 33, 5), 90)
+    turns = tuple((*g.prompt, *g.answer, *random_prompt(i, 20)) for i, g in enumerate(first))
+    second = [g for turn in turns for g in golden_prompts(checkpoint, (turn,), 40)]
+    result = run_inside(Job(str(checkpoint), engine(num_drafts=num_drafts), [asks(first), asks(second)]))
+    assert_answers(result, first, second)
+    assert result.block_size == (64 if shape == "ratio4" else BLOCK)
+    assert result.cached[0] == [0, 0, 0, 0]
+    assert max(result.cached[1]) > 0
+    if num_drafts:
+        assert set(result.accepted) == set(range(1, num_drafts + 2)), "not every number of drafts was accepted"
+        assert set(result.step_lengths) == set(range(1, num_drafts + 2)), "not every number of drafts was scheduled"
+    assert_cached_states(result, checkpoint, at_least=4)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_preempted_requests_resume_rightly(random_checkpoint: Callable[[str], Path], num_drafts: int) -> None:
+    """A cache that cannot hold four conversations: some are thrown out and computed again."""
+    checkpoint = random_checkpoint("ratio2")
+    golden = golden_prompts(checkpoint, (150, 120, 90, 60), 90)
+    arguments = engine(num_drafts=num_drafts, num_gpu_blocks_override=40)
+    result = run_inside(Job(str(checkpoint), arguments, [asks(golden)]))
+    assert result.preemptions > 0
+    assert_answers(result, golden)
+    assert_cached_states(result, checkpoint, at_least=1)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("cache", [False, True], ids=["uncached", "cached"])
+def test_up_to_the_last_position(random_checkpoint: Callable[[str], Path], num_drafts: int, cache: bool) -> None:
+    """Prompt and answer fill max_model_len exactly: the last steps get fewer drafts than configured, then none."""
+    checkpoint = random_checkpoint("ratio2")
+    golden = golden_prompts(checkpoint, (70, 65, 43), 50)
+    filling = [Golden(g.prompt, g.answer[: 100 - len(g.prompt)]) for g in golden]
+    arguments = engine(100, num_drafts, cache)
+    job = Job(str(checkpoint), arguments, [asks(filling), asks(filling)], draft_fault_rate=0.0)
+    result = run_inside(job)
+    assert [len(g.prompt) + len(g.answer) for g in filling] == [100, 100, 93]
+    assert_answers(result, filling, filling)
+    assert set(result.step_lengths) >= {1, num_drafts + 1}
+    if cache:
+        assert_cached_states(result, checkpoint, at_least=1)
+
+
+def test_a_request_left_out_of_a_step_keeps_its_state(random_checkpoint: Callable[[str], Path]) -> None:
+    """More decoding requests than a step has tokens for: those left out go on from their last accepted token."""
+    checkpoint = random_checkpoint("ratio2")
+    golden = golden_prompts(checkpoint, (33, 40, 20, 5), 60)
+    arguments = engine(num_drafts=3, max_num_batched_tokens=10)
+    result = run_inside(Job(str(checkpoint), arguments, [asks(golden)]))
+    assert result.skipped_steps > 0
+    assert_answers(result, golden)
