@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import WeightError
 from .spec import Qwen3NextSpec
-from .weights_map import SCALE_SUFFIX, first_missing, is_ignored, locate, missing_tensor, unknown_tensor, wrong_shape
+from .weights_map import SCALE_SUFFIX, TensorMap, is_ignored, missing_tensor, unknown_tensor, wrong_shape
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -67,17 +67,18 @@ def check_checkpoint(path: str | PathLike[str], spec: Qwen3NextSpec) -> Checkpoi
     without block scales, or dtype that is not floating point.
     """
     infos = read_headers(path)
+    tensor_map = TensorMap(spec)
     for name, info in infos.items():
         if is_ignored(name, spec):
             continue
-        source = locate(name, spec)
+        source = tensor_map.locate(name)
         if source is None:
             raise unknown_tensor(name, spec)
         if info.shape != source.shape:
             raise wrong_shape(name, info.shape, source)
         if info.dtype not in _BYTES:
             raise WeightError(f"{name} holds {info.dtype}: use a checkpoint of floating-point weights, bf16 or FP8.")
-    missing = first_missing(infos.keys(), spec)
+    missing = tensor_map.first_missing(infos.keys())
     if missing is None:
         fp8 = (name for name, info in infos.items() if info.dtype == "F8_E4M3")
         missing = next((name + SCALE_SUFFIX for name in fp8 if name + SCALE_SUFFIX not in infos), None)

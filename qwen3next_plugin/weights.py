@@ -25,10 +25,9 @@ from .weights_map import (
     Placement,
     Scope,
     Source,
-    first_missing,
+    TensorMap,
     in_scope,
     is_ignored,
-    locate,
     missing_tensor,
     unknown_tensor,
     wrong_shape,
@@ -72,12 +71,13 @@ def fused_stream(
 def _stream(
     tensors: Iterable[tuple[str, torch.Tensor]], spec: Qwen3NextSpec, scope: Scope, complete: bool
 ) -> Iterator[tuple[Source, torch.Tensor]]:
+    tensor_map = TensorMap(spec)
     seen: set[str] = set()
     quantised: set[str] = set()
     for name, tensor in tensors:
         if not in_scope(name, scope) or is_ignored(name, spec):
             continue
-        source = locate(name, spec)
+        source = tensor_map.locate(name)
         if source is None:
             raise unknown_tensor(name, spec)
         if name in seen:
@@ -88,7 +88,7 @@ def _stream(
         yield source, _relaid(name, tensor, source, spec)
     if not complete:
         return
-    missing = first_missing(seen, spec, scope)
+    missing = tensor_map.first_missing(seen, scope)
     if missing is None:
         missing = next((w + SCALE_SUFFIX for w in sorted(quantised) if w + SCALE_SUFFIX not in seen), None)
     if missing is not None:

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from .errors import WeightError
@@ -15,6 +13,8 @@ Scope = Literal["all", "model", "mtp"]
 
 _LAYER = re.compile(r"(model|mtp)\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+# A full-attention layer with experts, whatever layer 0 of the decoder is.
+_MTP_LAYER = (LayerKind.FULL, False)
 _EXPERT_PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -30,8 +30,7 @@ class Placement(NamedTuple):
     expert: int | None = None
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What a checkpoint tensor must look like and where it goes.
 
     ``shape`` is the checkpoint tensor's, ``fused_shape`` that of the whole fused tensor, and ``offset`` the first row
@@ -50,41 +49,75 @@ class Source:
         return self.placement.shard is None and self.placement.expert is None
 
 
-def locate(name: str, spec: Qwen3NextSpec) -> Source | None:
-    """The source of a checkpoint tensor, block scales included; None for a name this model does not have.
+class TensorMap:
+    """Every checkpoint tensor a model may have, by name, and what becomes of it."""
 
-    Raises WeightError for a block scale that the config or the model's sizes leave no meaning for.
-    """
-    if name.endswith(SCALE_SUFFIX):
-        weight = locate(name.removesuffix(SCALE_SUFFIX), spec)
-        return None if weight is None else _scale_source(name, weight, spec)
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return _top_sources(spec).get(name)
-    tree, index, inner = match[1], int(match[2]), match[3]
-    # The MTP layer is a full-attention layer with experts, whatever layer 0 of the decoder is.
-    if tree == "mtp":
-        kind, dense, layers = LayerKind.FULL, False, 1
-    else:
-        layers = spec.num_layers
-        kind = spec.layer_kinds[index] if index < layers else LayerKind.FULL
-        dense = index in spec.dense_layers
-    if index >= layers:
-        return None
-    expert = None
-    found = _EXPERT.fullmatch(inner)
-    if found is not None:
-        expert, inner = int(found[1]), f"mlp.experts.*.{found[2]}"
-        if expert >= spec.moe.num_experts:
+    def __init__(self, spec: Qwen3NextSpec) -> None:
+        self.spec = spec
+        self._top = _top_sources(spec)
+        self._decoder = [(kind, index in spec.dense_layers) for index, kind in enumerate(spec.layer_kinds)]
+        self._layers = {layer: _layer_sources(spec, *layer) for layer in {*self._decoder, _MTP_LAYER}}
+
+    def locate(self, name: str) -> Source | None:
+        """The source of a checkpoint tensor, block scales included; None for a name this model does not have.
+
+        Raises WeightError for a block scale that the config or the model's sizes leave no meaning for.
+        """
+        if name.endswith(SCALE_SUFFIX):
+            weight = self.locate(name.removesuffix(SCALE_SUFFIX))
+            return None if weight is None else _scale_source(name, weight, self.spec)
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            return self._top.get(name)
+        tree, index, inner = match[1], int(match[2]), match[3]
+        layers = self._layers_of(tree)
+        if index >= len(layers):
             return None
-    source = _layer_sources(spec, kind, dense).get(inner)
-    if source is None:
+        expert = None
+        found = _EXPERT.fullmatch(inner)
+        if found is not None:
+            expert, inner = int(found[1]), f"mlp.experts.*.{found[2]}"
+            if expert >= self.spec.moe.num_experts:
+                return None
+        source = self._layers[layers[index]].get(inner)
+        if source is None:
+            return None
+        placement = Placement(f"{tree}.layers.{index}.{source.placement.name}", source.placement.shard, expert)
+        return source._replace(placement=placement)
+
+    def _layers_of(self, tree: str) -> list[tuple[LayerKind, bool]]:
+        """(mixer, whether dense) of the layers of ``model`` or ``mtp``."""
+        return [_MTP_LAYER] if tree == "mtp" else self._decoder
+
+    def first_missing(self, names: AbstractSet[str], scope: Scope = "all") -> str | None:
+        """The first weight (block scales aside) the model needs in ``scope`` that is not among ``names``.
+
+        MTP weights count as needed if config.json says so, if ``names`` has some, or if ``scope`` is "mtp".
+        """
+        wants_mtp = scope == "mtp" or self.spec.num_mtp_layers > 0 or any(name.startswith("mtp.") for name in names)
+        for name in self._needed(names, wants_mtp):
+            if in_scope(name, scope) and name not in names:
+                return name
         return None
-    placement = Placement(f"{tree}.layers.{index}.{source.placement.name}", source.placement.shard, expert)
-    return Source(placement, source.shape, source.fused_shape, source.offset, source.relayout)
+
+    def _needed(self, names: AbstractSet[str], wants_mtp: bool) -> Iterator[str]:
+        yield from (name for name in self._top if wants_mtp or not name.startswith("mtp."))
+        layers = [(f"model.layers.{i}.", layer) for i, layer in enumerate(self._layers_of("model"))]
+        if wants_mtp:
+            layers.append(("mtp.layers.0.", _MTP_LAYER))
+        for prefix, layer in layers:
+            yield from (prefix + name for name in self._layers[layer] if not name.startswith("mlp.experts."))
+            _, dense = layer
+            if dense:
+                continue
+            stacked = (prefix + "mlp.experts.gate_up_proj", prefix + "mlp.experts.down_proj")
+            if not names.isdisjoint(stacked):
+                yield from stacked
+                continue
+            for expert in range(self.spec.moe.num_experts):
+                yield from (f"{prefix}mlp.experts.{expert}.{part}" for part in _EXPERT_PARTS)
 
 
-@lru_cache(maxsize=8)
 def _top_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
     h, table = spec.hidden_size, (spec.vocab_size, spec.hidden_size)
     sources = [
@@ -100,7 +133,6 @@ def _top_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
     return {source.placement.name: source for source in sources}
 
 
-@lru_cache(maxsize=32)
 def _layer_sources(spec: Qwen3NextSpec, kind: LayerKind, dense: bool) -> dict[str, Source]:
     """The tensors of one layer by name below its prefix; ``*`` stands for the expert."""
     h = spec.hidden_size
@@ -134,8 +166,7 @@ def _gdn_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
 
 
 def _below(prefix: str, source: Source) -> Source:
-    placement = source.placement._replace(name=prefix + source.placement.name)
-    return Source(placement, source.shape, source.fused_shape, source.offset, source.relayout)
+    return source._replace(placement=source.placement._replace(name=prefix + source.placement.name))
 
 
 def _attention_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
@@ -218,35 +249,6 @@ def in_scope(name: str, scope: Scope) -> bool:
 def is_ignored(name: str, spec: Qwen3NextSpec) -> bool:
     """Tensors some checkpoints carry that say nothing new: rotary frequencies, and a head tied to the embedding."""
     return name.endswith(".rotary_emb.inv_freq") or (spec.tie_word_embeddings and name == "lm_head.weight")
-
-
-def first_missing(names: AbstractSet[str], spec: Qwen3NextSpec, scope: Scope = "all") -> str | None:
-    """The first weight (block scales aside) the model needs in ``scope`` that is not among ``names``.
-
-    MTP weights count as needed if config.json says so, if ``names`` has some, or if ``scope`` is "mtp".
-    """
-    wants_mtp = scope == "mtp" or spec.num_mtp_layers > 0 or any(name.startswith("mtp.") for name in names)
-    for name in _needed(names, spec, wants_mtp):
-        if in_scope(name, scope) and name not in names:
-            return name
-    return None
-
-
-def _needed(names: AbstractSet[str], spec: Qwen3NextSpec, wants_mtp: bool) -> Iterator[str]:
-    yield from (name for name in _top_sources(spec) if wants_mtp or not name.startswith("mtp."))
-    layers = [(f"model.layers.{i}.", kind, i in spec.dense_layers) for i, kind in enumerate(spec.layer_kinds)]
-    if wants_mtp:
-        layers.append(("mtp.layers.0.", LayerKind.FULL, False))
-    for prefix, kind, dense in layers:
-        inner_names = [name for name in _layer_sources(spec, kind, dense) if not name.startswith("mlp.experts.")]
-        yield from (prefix + name for name in inner_names)
-        if dense:
-            continue
-        if prefix + "mlp.experts.gate_up_proj" in names or prefix + "mlp.experts.down_proj" in names:
-            yield from (prefix + "mlp.experts.gate_up_proj", prefix + "mlp.experts.down_proj")
-        else:
-            for expert in range(spec.moe.num_experts):
-                yield from (f"{prefix}mlp.experts.{expert}.{part}" for part in _EXPERT_PARTS)
 
 
 def missing_tensor(name: str) -> WeightError:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.weights_layout import ba_rows, qkvz_rows
-from qwen3next_plugin.weights_map import Source, locate
+from qwen3next_plugin.weights_map import Source, TensorMap
 
 from .random import tensor_shapes
 
@@ -18,8 +18,9 @@ def checkpoint_tensors(fused: Mapping[str, Tensor], spec: Qwen3NextSpec) -> Iter
     Yields every tensor of the checkpoint by its published name in ``spec.dtype`` (A_log and dt_bias in float32), experts
     one by one and the rows of ``in_proj_qkvz`` and ``in_proj_ba`` interleaved by key head. KeyError for a missing weight.
     """
+    tensor_map = TensorMap(spec)
     for name, shape in tensor_shapes(spec):
-        source = locate(name, spec)
+        source = tensor_map.locate(name)
         assert source is not None  # both tables list the same tensors; a test compares them
         tensor = _part(fused[source.placement.name].detach().cpu(), source, spec).reshape(shape)
         wide = source.relayout == "float32"
