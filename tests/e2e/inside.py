@@ -1,8 +1,8 @@
 """An engine inside this process, for what no API shows: the recurrent states that its cache keeps, and drafts to order.
 
-Run as `python -m tests.e2e.inside job.json result.pt`; `run_inside` starts it and returns what it found. Drafts come from
-a known answer, with faults, so that a random-weight model accepts 0 to all of them in every mixture and in steps of
-every length; the engine's own drafter runs as usual and its proposals are replaced on their way to the scheduler.
+Run as `python -m tests.e2e.inside job.json result.pt`; `run_inside` starts it and returns what it found. Drafts come
+from a known answer, with faults, so that a random-weight model accepts 0 to all of them in every mixture and in steps
+of every length; the engine's own drafter runs as usual and its proposals are replaced on their way to the scheduler.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Job:
     engine: dict[str, Any]
     rounds: list[list[Ask]]
     draft_fault_rate: float = 0.3
-    """Probability that a draft is wrong, and that a step gets fewer drafts than configured; below 0 leaves drafts alone."""
+    """Probability that a draft is wrong, and that a step gets fewer than configured; below 0 leaves drafts alone."""
     poison: bool = True
     """Fill the cache with NaN before the first request, so that a state nobody wrote shows."""
 
@@ -71,7 +71,7 @@ class Result:
 
 
 def run_inside(job: Job, seconds: float = 600.0) -> Result:
-    """Runs a job in a process of its own, as engine processes run: without Triton's interpreter, with their environment."""
+    """Runs a job in a process of its own, in the environment of an engine: without Triton's interpreter, offline."""
     with tempfile.TemporaryDirectory(prefix="qwen3next-inside-") as folder:
         job_path, result_path, log_path = (Path(folder) / name for name in ("job.json", "result.pt", "log"))
         job_path.write_text(json.dumps(asdict(job)))

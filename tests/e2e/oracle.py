@@ -94,6 +94,13 @@ def largest_error(checkpoint: Path, prompt: Sequence[int], completion: Completio
     return worst
 
 
+def largest_regret(checkpoint: Path, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """How much less likely than the oracle's choice an answer's token ever was: 0 where both choose alike."""
+    rows = oracle_logprobs(checkpoint, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    chosen = rows.gather(1, torch.tensor(list(tokens)).unsqueeze(1)).squeeze(1)
+    return float((rows.max(1).values - chosen).max())
+
+
 def largest_prompt_error(checkpoint: Path, prompt: Sequence[int], completion: Completion) -> float:
     """The same over the prompt's own tokens, which the engine computed as one prefill."""
     expected = oracle_logprobs(checkpoint, prompt)

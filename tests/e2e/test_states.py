@@ -1,7 +1,7 @@
 """What the engine keeps between steps, compared as tensors: every state in its prefix cache against the oracle's.
 
-Tokens alone can hide a wrong state. Random weights, and drafts that the model accepts and rejects in every mixture, leave
-it nowhere to hide.
+Tokens alone can hide a wrong state. Random weights, and drafts that the model accepts and rejects in every mixture,
+leave it nowhere to hide.
 """
 
 from __future__ import annotations
