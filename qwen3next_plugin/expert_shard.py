@@ -1,4 +1,4 @@
-"""Which part of the routed experts one rank holds, and how checkpoint tensors land in it: decided once for both engines."""
+"""Which part of the routed experts one rank holds, and how checkpoint tensors land in it, for both engines."""
 
 from __future__ import annotations
 

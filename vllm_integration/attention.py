@@ -12,11 +12,11 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.rope import qk_norm_rope, sigmoid_gate
 
-from .norm import ZeroCentredWeight
+from .norm import WeightHolder
 
 
 class Qwen3NextGatedAttention(nn.Module):
-    """Attention whose query projection carries an output gate; `cos_sin` [P, rotary_dim] fp32 is shared by all layers."""
+    """Attention whose query projection carries an output gate; all layers share `cos_sin` [P, rotary_dim] fp32."""
 
     def __init__(self, spec: Qwen3NextSpec, vllm_config: VllmConfig, cos_sin: torch.Tensor, prefix: str) -> None:
         super().__init__()
@@ -42,8 +42,9 @@ class Qwen3NextGatedAttention(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = ZeroCentredWeight(attention.head_dim)
-        self.k_norm = ZeroCentredWeight(attention.head_dim)
+        self.q_norm = WeightHolder(attention.head_dim)
+        self.k_norm = WeightHolder(attention.head_dim)
+        self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin, persistent=False)
         self.attn = Attention(
             self.num_heads,

@@ -45,7 +45,7 @@ class Qwen3NextDecoderLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states and residual [T, hidden_size]; returns the MLP's output and the residual it is to be added to."""
+        """hidden_states and residual [T, hidden_size] -> the MLP's output and the residual it is to be added to."""
         hidden_states, residual = self.input_layernorm.add(hidden_states, residual)
         if self.kind is LayerKind.LINEAR:
             hidden_states = self.linear_attn(hidden_states)

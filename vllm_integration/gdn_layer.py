@@ -1,6 +1,7 @@
-"""The Gated DeltaNet layer inside vLLM: projections from vLLM's parallel layers, everything between from our kernels."""
+"""The Gated DeltaNet layer inside vLLM: vLLM's parallel layers for the projections, our kernels between them."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -25,13 +27,14 @@ from qwen3next_plugin.kernels.norm import rms_norm_gated
 from qwen3next_plugin.weights import shard_fused
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
+from .norm import WeightHolder
 
 GDN_CORE_OP = "vllm::qwen3next_plugin_gdn_core"
-"""Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it must not be captured with the rest."""
+"""Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it is not captured with the rest."""
 
 
 def gdn_state_shape(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one state block on one rank: the convolution's window (longer by one a draft token) and the fast weights."""
+    """Shapes of one state block on one rank: the convolution's window (one longer a draft token), the fast weights."""
     gdn = spec.gdn
     speculative = vllm_config.speculative_config
     return MambaStateShapeCalculator.gated_delta_net_state_shape(
@@ -84,23 +87,21 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
         self.out_proj = RowParallelLinear(
             gdn.value_dim, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
         )
-        self.conv1d = nn.Module()
-        self.conv1d.weight = self._parameter(self.conv_dim, gdn.conv_kernel_size)
-        self.A_log = self._parameter(self.num_v_heads, dtype=torch.float32)
-        self.dt_bias = self._parameter(self.num_v_heads, dtype=torch.float32)
-        for name, parameter in (("conv1d.weight", self.conv1d.weight), ("A_log", self.A_log), ("dt_bias", self.dt_bias)):
-            parameter.weight_loader = partial(self._load_shard, f"{prefix}.{name}")
-        self.norm = nn.Module()
-        self.norm.weight = self._parameter(gdn.head_v_dim)
+        self.conv1d = WeightHolder(self.conv_dim, gdn.conv_kernel_size)
+        self.norm = WeightHolder(gdn.head_v_dim)
+        self.A_log = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32), requires_grad=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32), requires_grad=False)
+        for name, parameter in (
+            ("conv1d.weight", self.conv1d.weight),
+            ("A_log", self.A_log),
+            ("dt_bias", self.dt_bias),
+        ):
+            set_weight_attrs(parameter, {"weight_loader": partial(self._load_shard, f"{prefix}.{name}")})
 
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"two layers are named {prefix!r}")
         layers[prefix] = self
-
-    @staticmethod
-    def _parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-        return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
     def _load_shard(self, name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
         parameter.data.copy_(shard_fused(name, loaded, self.spec, self.tp_rank, self.tp_size))
@@ -138,14 +139,13 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
         if metadata is None:  # vLLM's memory profiling runs without a cache
             return
         assert isinstance(metadata, Qwen3NextGdnMetadata)
-        conv_state, ssm_state = self.kv_cache
+        # The base class leaves one tensor a state here once the cache is allocated.
+        conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
         gdn_step(
             qkvz[:, : self.conv_dim],
             ba[:, self.num_v_heads :],
             ba[:, : self.num_v_heads],
-            GdnParameters(
-                self.conv1d.weight, self.A_log, self.dt_bias, self.spec.gdn.num_k_heads // self.tp_size
-            ),
+            GdnParameters(self.conv1d.weight, self.A_log, self.dt_bias, self.spec.gdn.num_k_heads // self.tp_size),
             conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2),
             ssm_state,
             out,
@@ -155,8 +155,10 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
 
 
 @eager_break_during_capture
-def qwen3next_plugin_gdn_core(qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: LayerNameType) -> None:
-    """The custom op behind `Qwen3NextGdnLayer.run_core`: opaque to torch.compile, fills `out` and the layer's states."""
+def qwen3next_plugin_gdn_core(
+    qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor, layer_name: LayerNameType
+) -> None:
+    """The custom op behind `Qwen3NextGdnLayer.run_core`: opaque to torch.compile, fills `out` and the states."""
     layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
     layer.run_core(qkvz, ba, out)
 

@@ -1,8 +1,8 @@
 """What a Gated DeltaNet layer must know of a step, built once a step from vLLM's scheduler metadata.
 
-vLLM gives every request a row of state blocks: one block, or 1 + num_speculative_tokens with MTP. During a verify step the
-state after draft token j is written to block j; the next step starts from block num_accepted - 1. That choice of block is
-the whole rollback.
+vLLM gives every request a row of state blocks: one block, or 1 + num_speculative_tokens with MTP. During a verify step
+the state after draft token j is written to block j; the next step starts from block num_accepted - 1. That choice of
+block is the whole rollback.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class _GraphBuffers:
 class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
     """Splits a step into prefill and recurrent rows.
 
-    The base class is here for its type only: vLLM's model runners hand num_accepted_tokens to builders that are instances
-    of it. None of its code runs.
+    The base class is here for its type only: vLLM's model runners hand num_accepted_tokens to its instances. None of
+    its code runs.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -107,7 +107,7 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
             max_rows = vllm_config.scheduler_config.max_num_seqs
             self.graph_buffers = _GraphBuffers(max_rows, 1 + self.num_spec, device)
 
-    def build(  # type: ignore[override]
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
@@ -194,7 +194,7 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
             max_query_len=max_query_len,
         )
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Qwen3NextGdnMetadata:  # type: ignore[override]
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Qwen3NextGdnMetadata:
         """Rows of a capture batch: decode or verify only, every row with its full number of tokens."""
         m = common_attn_metadata
         if not self.num_spec:

@@ -18,19 +18,13 @@ from qwen3next_plugin.weights_map import Scope
 _SHARD_IDS: dict[str, int | str] = {"q": "q", "k": "k", "v": "v", "gate": 0, "up": 1}
 
 
-def load_main_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Loads everything but the MTP layer; returns the names of the parameters loaded."""
-    return _load(model, weights, model.spec, "model")
-
-
-def load_mtp_weights(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-    """Loads the MTP layer with the embedding and head it shares; returns the names of the parameters loaded."""
-    return _load(model, weights, model.spec, "mtp")
-
-
-def _load(
+def load_weights(
     model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], spec: Qwen3NextSpec, scope: Scope
 ) -> set[str]:
+    """Loads the checkpoint's decoder ("model"), or its MTP layer with the embedding and head that it shares ("mtp").
+
+    Returns the names of the parameters loaded. Raises WeightError for a tensor that is missing, unknown or misshapen.
+    """
     parameters = dict(model.named_parameters())
     loaded = set()
     for fused, tensor, placement in fused_stream(weights, spec, scope=scope):
@@ -42,7 +36,7 @@ def _load(
         if parameter is None:
             raise WeightError(
                 f"{fused} is in the checkpoint, but the layer it belongs to holds no such parameter with this "
-                "quantization_config: list the module in modules_to_not_convert, or take the config.json of this checkpoint."
+                "quantization_config: list the module in modules_to_not_convert, or take this checkpoint's config.json."
             )
         _place(parameter, tensor, placement)
         loaded.add(name)

@@ -29,7 +29,7 @@ from qwen3next_plugin.config import Qwen3NextSpec
 from .activation import announce
 from .decoder import Qwen3NextDecoderLayer
 from .gdn_layer import gdn_state_dtype, gdn_state_shape
-from .loading import load_main_weights
+from .loading import load_weights
 from .norm import ZeroCentredRMSNorm
 from .spec import cos_sin_table, spec_of
 
@@ -78,7 +78,8 @@ class Qwen3NextModel(nn.Module):
             assert intermediate_tensors is not None
             hidden_states, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
         else:
-            hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            assert input_ids is not None or inputs_embeds is not None
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden_states, residual = layer(positions, hidden_states, residual)
         if not get_pp_group().is_last_rank:
@@ -139,4 +140,4 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, SupportsPP, IsHybrid):
         return MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_main_weights(self, weights)
+        return load_weights(self, weights, self.spec, "model")

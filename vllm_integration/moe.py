@@ -15,12 +15,15 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.model_executor.utils import set_weight_attrs
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.errors import PluginError
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels.moe import add_shared_expert, fused_moe, route
 from qwen3next_plugin.weights import Placement
+
+from .norm import WeightHolder
 
 FP8_BLOCK = 128
 
@@ -39,8 +42,8 @@ def expert_block_size(quant_config: QuantizationConfig | None, prefix: str) -> i
             return FP8_BLOCK
     raise PluginError(
         f"quantization: the experts of {prefix} are stored as {quant_config.get_name()} "
-        f"(weight_block_size {getattr(quant_config, 'weight_block_size', None)}), which this plugin does not run yet; "
-        "bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves this checkpoint with stock vLLM."
+        f"(weight_block_size {getattr(quant_config, 'weight_block_size', None)}), which this plugin does not run; "
+        "bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with stock vLLM."
     )
 
 
@@ -100,14 +103,14 @@ class Qwen3NextExperts(nn.Module):
 
     def _parameter(self, *shape: int, dtype: torch.dtype | None) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-        parameter.weight_loader = self._load
+        set_weight_attrs(parameter, {"weight_loader": self._load})
         return parameter
 
     def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, placement: Placement) -> None:
         self.shard.place(parameter.data, loaded, placement)
 
     def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, hidden_size], weights and ids [T, top_k] -> this rank's part of the sum [T, hidden_size]."""
+        """hidden_states [T, H], weights and ids [T, top_k] -> this rank's part of the weighted sum [T, H]."""
         ids = self.shard.local_ids(ids)
         return fused_moe(hidden_states, self.w13, self.w2, weights, ids, self.w13_scale_inv, self.w2_scale_inv)
 
@@ -130,8 +133,7 @@ class Qwen3NextMoE(nn.Module):
             prefix=f"{prefix}.shared_expert",
             reduce_results=False,
         )
-        self.shared_expert_gate = nn.Module()
-        self.shared_expert_gate.weight = nn.Parameter(torch.empty(1, spec.hidden_size), requires_grad=False)
+        self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""

@@ -18,7 +18,7 @@ from vllm.sequence import IntermediateTensors
 from qwen3next_plugin.config import LayerKind
 
 from .decoder import Qwen3NextDecoderLayer
-from .loading import load_mtp_weights
+from .loading import load_weights
 from .norm import ZeroCentredRMSNorm
 from .spec import cos_sin_table, spec_of
 
@@ -78,6 +78,10 @@ class Qwen3NextPredictor(nn.Module):
 class Qwen3NextMTP(nn.Module):
     """The drafter architecture that vLLM derives for this model."""
 
+    # vLLM then shares the main model's; under pipeline parallelism, where it cannot, the loaded ones stay.
+    has_own_embed_tokens = False
+    has_own_lm_head = False
+
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -112,4 +116,4 @@ class Qwen3NextMTP(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_mtp_weights(self, weights)
+        return load_weights(self, weights, self.spec, "mtp")

@@ -8,15 +8,15 @@ from torch import nn
 from qwen3next_plugin.kernels.norm import add_rms_norm, rms_norm
 
 
-class ZeroCentredWeight(nn.Module):
-    """A norm weight stored around zero: the scale is 1 + weight."""
+class WeightHolder(nn.Module):
+    """A module that is only a place for `weight`, so that the parameter has the checkpoint's name."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
-class ZeroCentredRMSNorm(ZeroCentredWeight):
+class ZeroCentredRMSNorm(WeightHolder):
     """x / RMS(x) * (1 + weight), with the residual added first when there is one."""
 
     def __init__(self, size: int, eps: float) -> None:

@@ -9,19 +9,27 @@ from qwen3next_plugin.kernels.dispatch import prefer
 from qwen3next_plugin.settings import Settings
 
 PACKAGE = __package__
+_MAMBA = "model_executor.layers.mamba.mamba_utils"
 
 RELIANCES = [
-    Reliance("vllm.model_executor.models.registry.ModelRegistry.register_model", "to put our classes in the models' place"),
-    Reliance("vllm.model_executor.models.config.MODELS_CONFIG_MAP", "to check the checkpoint before anything starts"),
-    Reliance("vllm.transformers_utils.config._CONFIG_FORMAT_TO_CONFIG_PARSER", "to check config.json as it was written"),
-    Reliance("vllm.transformers_utils.config.HFConfigParser.parse", "to read config.json as vLLM does"),
-    Reliance("vllm.config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
-    Reliance("vllm.model_executor.layers.mamba.abstract.MambaBase.get_kv_cache_spec", "to give our layer state blocks"),
-    Reliance("vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder", "to be handed the accepted tokens"),
-    Reliance("vllm.v1.attention.backends.utils.mamba_get_block_table_tensor", "to find a request's state blocks"),
-    Reliance("vllm.model_executor.layers.mamba.mamba_utils.MambaStateShapeCalculator.gated_delta_net_state_shape", "to lay out states"),
-    Reliance("vllm.model_executor.layers.mamba.mamba_utils.MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func", "to copy states"),
-    Reliance("vllm.utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
+    Reliance(f"vllm.{path}", why)
+    for path, why in (
+        ("model_executor.models.registry.ModelRegistry.register_model", "to put our classes in the models' place"),
+        ("model_executor.models.config.MODELS_CONFIG_MAP", "to check the checkpoint before anything starts"),
+        ("transformers_utils.config._CONFIG_FORMAT_TO_CONFIG_PARSER", "to check config.json as it was written"),
+        ("transformers_utils.config.HFConfigParser.parse", "to read config.json as vLLM does"),
+        ("config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
+        ("utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
+        ("compilation.breakable_cudagraph.eager_break_during_capture", "to keep the core out of segmented CUDA graphs"),
+        ("model_executor.layers.mamba.abstract.MambaBase.get_kv_cache_spec", "to give our layer state blocks"),
+        (f"{_MAMBA}.MambaStateShapeCalculator.gated_delta_net_state_shape", "to lay out a state block"),
+        (
+            f"{_MAMBA}.MambaStateCopyFuncCalculator.gated_delta_net_state_copy_func",
+            "to let the prefix cache copy states",
+        ),
+        ("v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder", "to be handed the accepted tokens of a step"),
+        ("v1.attention.backends.utils.mamba_get_block_table_tensor", "to find a request's state blocks"),
+    )
 ]
 
 

@@ -18,7 +18,7 @@ from . import gdn_decode, gdn_prefill, gdn_verify
 class PrefillRows:
     """Rows that continue a prompt: chunked form, final state written back to the row's slot.
 
-    query_start, query_end, state_slots: int32 [N]; has_initial_state: bool [N]; max_query_len: host bound on the lengths.
+    query_start, query_end, state_slots: int32 [N]; has_initial_state: bool [N]; max_query_len: bound on the lengths.
     """
 
     query_start: torch.Tensor
@@ -32,9 +32,9 @@ class PrefillRows:
 class RecurrentRows:
     """Rows that decode one token or verify several draft tokens.
 
-    query_start, query_end, conv_slots, initial_slots: int32 [N]; output_slots: int32 [N, M], column j takes the state after
-    token j; num_accepted_tokens: int32 [N] or None, how many tokens of the previous step were kept (1 when None), which
-    is where the convolution's window starts; max_query_len: host bound on the lengths (at most M).
+    query_start, query_end, conv_slots, initial_slots: int32 [N]; output_slots: int32 [N, M], column j takes the state
+    after token j; num_accepted_tokens: int32 [N] or None, how many tokens of the previous step were kept (1 when None),
+    which is where the convolution's window starts; max_query_len: host bound on the lengths (at most M).
     """
 
     query_start: torch.Tensor
@@ -48,7 +48,7 @@ class RecurrentRows:
 
 @dataclass(frozen=True)
 class GdnParameters:
-    """Per-layer constants: conv_weight [conv_dim, W], A_log and dt_bias [num_v_heads] fp32, num_k_heads (this rank's)."""
+    """Constants of a layer (this rank's): conv_weight [conv_dim, W], A_log and dt_bias [num_v_heads] fp32."""
 
     conv_weight: torch.Tensor
     A_log: torch.Tensor
@@ -76,7 +76,6 @@ def gdn_step(
     convolved = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     gates = (a, b, params.A_log, params.dt_bias)
     if prefill is not None:
-        span = {"query_start": prefill.query_start, "query_end": prefill.query_end, "state_slots": prefill.state_slots}
         causal_conv1d_prefill(
             mixed_qkv,
             params.conv_weight,
@@ -84,7 +83,9 @@ def gdn_step(
             conv_state,
             has_initial_state=prefill.has_initial_state,
             out=convolved,
-            **span,
+            query_start=prefill.query_start,
+            query_end=prefill.query_end,
+            state_slots=prefill.state_slots,
         )
         gdn_prefill(
             convolved,
@@ -94,10 +95,11 @@ def gdn_step(
             max_query_len=prefill.max_query_len,
             has_initial_state=prefill.has_initial_state,
             out=out,
-            **span,
+            query_start=prefill.query_start,
+            query_end=prefill.query_end,
+            state_slots=prefill.state_slots,
         )
     if recurrent is not None:
-        ranges = {"query_start": recurrent.query_start, "query_end": recurrent.query_end}
         causal_conv1d_update(
             mixed_qkv,
             params.conv_weight,
@@ -107,7 +109,8 @@ def gdn_step(
             num_accepted_tokens=recurrent.num_accepted_tokens,
             max_query_len=recurrent.max_query_len,
             out=convolved,
-            **ranges,
+            query_start=recurrent.query_start,
+            query_end=recurrent.query_end,
         )
         if recurrent.num_accepted_tokens is None:
             gdn_decode(
@@ -117,7 +120,8 @@ def gdn_step(
                 num_k_heads=params.num_k_heads,
                 state_slots=recurrent.initial_slots,
                 out=out,
-                **ranges,
+                query_start=recurrent.query_start,
+                query_end=recurrent.query_end,
             )
         else:
             gdn_verify(
@@ -129,5 +133,6 @@ def gdn_step(
                 initial_slots=recurrent.initial_slots,
                 output_slots=recurrent.output_slots,
                 out=out,
-                **ranges,
+                query_start=recurrent.query_start,
+                query_end=recurrent.query_end,
             )
