@@ -45,10 +45,10 @@ def qk_norm_rope(
 
     def norm_rope(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y = apply_partial_rotary(rms_norm(heads.to(dtype), weight, eps), cos, sin)
-        return y.to(qkv.dtype).reshape(tokens, -1)
+        return y.to(qkv.dtype).flatten(1)
 
     k = k.reshape(tokens, num_kv_heads, head_dim)
-    return norm_rope(q, q_weight), norm_rope(k, k_weight), v, gate.reshape(tokens, -1)
+    return norm_rope(q, q_weight), norm_rope(k, k_weight), v, gate.flatten(1)
 
 
 def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,243 @@
+"""The mixture of experts against float64: dtypes, FP8, shards, every kind of routing."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3next_plugin.kernels import gemm, moe
+
+from .common import (
+    BACKENDS,
+    DTYPES,
+    FP8_CHECKS,
+    assert_close,
+    assert_compiles,
+    assert_repeatable,
+    to64,
+    tolerance,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+WEIGHTS = ("float", "fp8", "fp8 activations")
+
+
+@dataclass
+class Problem:
+    """The arguments of fused_moe; `rounded` says whether activations are rounded to FP8 too."""
+
+    tensors: tuple[Any, ...]  # x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale
+    rounded: bool
+
+    def run(self, backend: str | None) -> torch.Tensor:
+        return moe.fused_moe(*self.tensors, quantize_activations=self.rounded, backend=backend)
+
+    def expected(self) -> torch.Tensor:
+        x, w13, w2, weights, ids, s13, s2 = self.tensors
+        held = (ids >= 0) & (ids < w2.shape[0])
+        ids = torch.where(held, ids, -1)
+        if s13 is None:
+            w13, w2 = to64((w13, w2))
+        return moe.reference.fused_moe(to64(x), w13, w2, to64(weights), ids, s13, s2, self.rounded)
+
+    def limit(self, backend: str, device: str) -> float:
+        dtype = self.tensors[0].dtype
+        plain = tolerance(dtype, 3, backend, device)
+        # rounding to FP8 follows a rounding to `dtype`: a value near the middle of two codes may take the other one
+        return (
+            max(plain, {torch.float32: 2e-3, torch.float16: 6e-3, torch.bfloat16: 3e-2}[dtype])
+            if self.rounded
+            else plain
+        )
+
+
+def problem(
+    ids: torch.Tensor,
+    experts: int,
+    hidden: int,
+    inner: int,
+    weights: str = "float",
+    dtype: torch.dtype = torch.float32,
+    block: int = 128,
+) -> Problem:
+    tokens, top_k = ids.shape
+    device = ids.device
+    x = torch.randn(tokens, hidden + 6, device=device).to(dtype)[:, 3:-3]
+    w13 = (torch.randn(experts, 2 * inner, hidden, device=device) / hidden**0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, inner, device=device) / inner**0.5).to(dtype)
+    router = torch.rand(tokens, top_k, device=device) + 0.1
+    if weights == "float":
+        return Problem((x, w13, w2, router, ids, None, None), False)
+    halves, s13 = gemm.quantize_block(w13.unflatten(1, (2, -1)), (block, block))
+    q2, s2 = gemm.quantize_block(w2, (block, block))
+    tensors = (x, halves.flatten(1, 2), q2, router, ids, s13.flatten(1, 2), s2)
+    return Problem(tensors, weights == "fp8 activations")
+
+
+def random_ids(tokens: int, experts: int, top_k: int, device: str) -> torch.Tensor:
+    return torch.rand(tokens, experts, device=device).argsort(dim=-1)[:, :top_k].to(torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "inner"),
+    [(1, 4, 2, 64, 64), (7, 4, 4, 40, 24), (33, 3, 1, 136, 32), (3, 2, 2, 160, 144), (6, 1, 1, 32, 16)],
+)
+def test_against_float64(
+    tokens: int, experts: int, top_k: int, hidden: int, inner: int, weights: str, dtype: torch.dtype, backend: str,
+    device: str,
+) -> None:  # fmt: skip
+    case = problem(random_ids(tokens, experts, top_k, device), experts, hidden, inner, weights, dtype)
+    assert_close(case.run(backend), case.expected(), case.limit(backend, device))
+
+
+def test_reference_is_the_plain_sum(device: str) -> None:
+    """The oracle of this file, written out token by token."""
+    case = problem(random_ids(5, 6, 3, device), 6, 20, 12)
+    x, w13, w2, router, ids, *_ = to64(case.tensors)
+    expected = torch.zeros_like(x)
+    for m in range(5):
+        for k in range(3):
+            gate, up = (w13[ids[m, k]] @ x[m]).chunk(2)
+            expected[m] += router[m, k] * (w2[ids[m, k]] @ (gate * torch.sigmoid(gate) * up))
+    assert_close(case.run("reference"), expected, 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("routing", ["one expert", "two of many", "some skipped", "all skipped", "int64"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy rounds rows that no pair uses
+def test_routings(routing: str, weights: str, backend: str, device: str) -> None:
+    experts, top_k = 5, 2
+    ids = random_ids(20, experts, top_k, device)
+    if routing == "one expert":
+        ids.fill_(3)
+    elif routing == "two of many":
+        ids[:, 0], ids[:, 1] = 4, 1
+    elif routing == "some skipped":
+        ids[torch.rand(ids.shape, device=device) < 0.4] = -1
+        ids[2] = -1
+    elif routing == "all skipped":
+        ids.fill_(-1)
+    else:
+        ids = ids.long()
+    case = problem(ids, experts, 48, 32, weights)
+    actual = case.run(backend)
+    assert_close(actual, case.expected(), case.limit(backend, device))
+    assert not actual[(ids < 0).all(dim=1)].any()
+
+
+def test_triton_skips_ids_past_the_last_expert(device: str) -> None:
+    """The host never sees the ids there, so a bad one must not be followed into memory."""
+    ids = random_ids(9, 4, 2, device)
+    ids[3], ids[5, 0] = 4, 1_000_000
+    case = problem(ids, 4, 32, 32)
+    assert_close(case.run("triton"), case.expected(), 3e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_no_tokens(weights: str, backend: str, device: str) -> None:
+    case = problem(torch.empty(0, 3, dtype=torch.int32, device=device), 4, 32, 16, weights)
+    assert list(case.run(backend).shape) == [0, 32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensor_parallel_shards_add_up(backend: str, device: str) -> None:
+    """Two ranks with half of I each, their FP8 blocks cut finer as the shard's scales say, sum to the whole."""
+    whole = problem(random_ids(6, 3, 2, device), 3, 40, 64, "fp8", block=32)
+    x, w13, w2, router, ids, s13, s2 = whole.tensors
+    parts = []
+    for rank in range(2):
+        rows, block = slice(32 * rank, 32 * rank + 32), slice(rank, rank + 1)
+        part13 = w13.unflatten(1, (2, -1))[:, :, rows].flatten(1, 2)
+        scale13 = s13.unflatten(1, (2, -1))[:, :, block].flatten(1, 2)
+        part2 = w2[:, :, rows].contiguous()
+        parts.append(moe.fused_moe(x, part13, part2, router, ids, scale13, s2[:, :, block], backend=backend))
+    assert_close(parts[0] + parts[1], whole.expected(), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_parallel_ranks_add_up(backend: str, device: str) -> None:
+    ids = random_ids(8, 6, 3, device)
+    whole = problem(ids, 6, 32, 24)
+    x, w13, w2, router, *_ = whole.tensors
+    total = torch.zeros_like(x)
+    for first in (0, 3):
+        local = torch.where((ids >= first) & (ids < first + 3), ids - first, -1)
+        part = slice(first, first + 3)
+        total += moe.fused_moe(x, w13[part], w2[part], router, local, backend=backend)
+    assert_close(total, whole.expected(), 3e-6)
+
+
+def test_rounded_activations_stay_near_the_unrounded(device: str) -> None:
+    case = problem(random_ids(8, 3, 2, device), 3, 256, 128, "fp8 activations")
+    rounded, plain = case.run("triton"), Problem(case.tensors, False).expected()
+    error = float((rounded - plain).norm() / plain.norm())
+    assert 1e-3 < error < 0.06  # E4M3 keeps three mantissa bits: about 2.5 % a product
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_results_repeat_and_inputs_stay(weights: str, device: str) -> None:
+    case = problem(random_ids(12, 4, 3, device), 4, 48, 32, weights)
+    before = [t.clone() if t is not None else None for t in case.tensors]
+    for backend in BACKENDS:
+        assert_repeatable(case.run, backend)
+    for a, b in zip(case.tensors, before, strict=True):
+        assert a is None or b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
+    """Alone, in another place or among others: the same bits, as long as the tile sizes are the same."""
+    case = problem(random_ids(11, 4, 2, device), 4, 48, 32)
+    x, w13, w2, router, ids, *_ = case.tensors
+    together = case.run("triton")
+    for m in (0, 7):
+        row = slice(m, m + 1)
+        alone = moe.fused_moe(x[row], w13, w2, router[row], ids[row], backend="triton")
+        assert torch.equal(alone, together[row])
+
+
+def test_custom_op(device: str) -> None:
+    case = problem(random_ids(5, 4, 2, device), 4, 16, 8, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.qwen3next.fused_moe.default, case.tensors)
+    assert_compiles(lambda *tensors: moe.fused_moe(*tensors), *case.tensors)
+    fp8 = problem(random_ids(5, 4, 2, device), 4, 16, 8, "fp8")
+    torch.library.opcheck(torch.ops.qwen3next.fused_moe.default, fp8.tensors, test_utils=FP8_CHECKS)
+    assert_compiles(lambda *tensors: moe.fused_moe(*tensors), *fp8.tensors)
+
+
+@pytest.mark.parametrize(
+    ("place", "replacement", "message"),
+    [
+        (0, torch.ones(5), r"\[M, H\], \[E, 2I, H\] and \[E, H, I\]"),
+        (0, torch.ones(5, 32), r"w13 is \[4, 16, 16\].*must be \[E, 16, 32\]"),
+        (1, torch.ones(4, 12, 16), r"w13 is \[4, 12, 16\]"),
+        (2, torch.ones(3, 16, 8), r"w2 is \[3, 16, 8\]"),
+        (3, torch.ones(5, 3), r"topk_weights is \[5, 3\] and topk_ids is \[5, 2\]"),
+        (4, torch.ones(4, 2), r"topk_ids is \[4, 2\].*\[5, k\]"),
+        (4, torch.ones(5, 2), "topk_ids is torch.float32; it must be int32 or int64"),
+        (1, torch.ones(4, 16, 16).half(), "w13 is torch.float16.*must be torch.float32"),
+        (5, torch.ones(4, 2, 1), "both w13_scale and w2_scale"),
+    ],
+)
+def test_wrong_arguments(place: int, replacement: torch.Tensor, message: str) -> None:
+    tensors: list[Any] = list(problem(random_ids(5, 4, 2, "cpu"), 4, 16, 8).tensors)
+    tensors[place] = replacement
+    with pytest.raises(ValueError, match=message):
+        moe.fused_moe(*tensors)
+
+
+def test_wrong_scales() -> None:
+    x, w13, w2, router, ids, s13, s2 = problem(random_ids(5, 4, 2, "cpu"), 4, 200, 160, "fp8").tensors
+    with pytest.raises(ValueError, match=r"w2_scale is \[4, 2, 1\].*must end in \[2, 2\]"):
+        moe.fused_moe(x, w13, w2, router, ids, s13, s2[..., :1])
+    with pytest.raises(ValueError, match=r"w13_scale is \[4, 3, 2\].*as many row blocks each"):
+        moe.fused_moe(x, w13, w2, router, ids, s13[:, 1:], s2)
+    with pytest.raises(ValueError, match=r"w13_scale is \[3, 4, 2\]; it must be \[4, "):
+        moe.fused_moe(x, w13, w2, router, ids, s13[1:], s2)
+    with pytest.raises(ValueError, match="quantize_activations needs FP8 weights"):
+        moe.fused_moe(x, w13.float(), w2.float(), router, ids, quantize_activations=True)
