@@ -54,7 +54,7 @@ e2e-tests: environment
 	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e)
 
 proof: environment
-	PROOF=1 $(RUN) tests/proof.py
+	$(RUN) tests/proof.py $(TESTS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,8 +21,7 @@ from .progress import Progress
 from .settings import CPU_CACHE_GIB, Settings, engine_environment, read_engine
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTION_FOR_THE_DEMO = "My name is Ada. What is my name?"
-QUESTION_FOR_OTHERS = "In one sentence: what makes a hybrid attention model fast?"
+QUESTION = "What is the capital of France?"
 
 GO_ON = """
 It stays up. From another terminal:
@@ -110,7 +109,7 @@ def serve(settings: Settings, python: Path, device: str) -> None:
             raise ServeError("The engine is up, but the plugin did not say that it is active.", log)
         print("QWEN3NEXT_PLUGIN=0: this is the stock engine, without the plugin." if stock else line, flush=True)
         name = api.model()
-        question = settings.question or (QUESTION_FOR_OTHERS if settings.model else QUESTION_FOR_THE_DEMO)
+        question = settings.question or QUESTION
         print(f"\nQuestion: {question}", flush=True)
         print(f"Answer:   {api.ask(name, question)}", flush=True)
         if settings.once:
