@@ -15,7 +15,8 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens [B, N]`` and which of them the assistant says, ``answers [B, N]`` bool; every row begins a conversation."""
+    """``tokens [B, N]`` and which of them the assistant says, ``answers [B, N]`` bool; every row begins a
+    conversation."""
 
     tokens: Tensor
     answers: Tensor
@@ -28,7 +29,8 @@ class Batch:
 def encode_message(message: Message, encode: Encode) -> tuple[list[int], list[bool]]:
     """One message as the chat template renders it, and which of its tokens the assistant has to say.
 
-    Special tokens and the line break keep the parts apart, so encoding them one by one gives what encoding the whole conversation does.
+    Special tokens and the line break keep the parts apart, so encoding them one by one gives what encoding the whole
+    conversation does.
     """
     head = encode(f"<|im_start|>{message['role']}\n")
     body = encode(f"{message['content']}<|im_end|>")

@@ -22,7 +22,9 @@ def demo_checkpoint(
     steps: Annotated[int | None, typer.Option(help="With --train: optimiser steps at most.")] = None,
     device: Annotated[str, typer.Option(help="With --train: cuda (minutes) or cpu (hours).")] = "cuda",
     random: Annotated[bool, typer.Option("--random", help="Write random weights of the given shape.")] = False,
-    shape: Annotated[str | None, typer.Option(help="With --random: tiny (default), ratio1, ratio4, blocks, 80b ...")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="With --random: tiny (default), ratio1, ratio4, blocks, 80b ...")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="With --random: bfloat16, float16 or float32.")] = "bfloat16",
     fp8: Annotated[bool, typer.Option("--fp8", help="With --random: linear layers in FP8 blocks of 128x128.")] = False,
     seed: Annotated[int, typer.Option(help="Of random weights and of training.")] = 0,

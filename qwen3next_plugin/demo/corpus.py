@@ -1,7 +1,7 @@
 """Conversations made by code: facts to remember, counting, copying, reversing, short stories and small talk.
 
-Every answer follows from the conversation, so that a well-trained model is sure of each token. Tasks whose text falls into one eighth of a
-hash are kept out of training and make up the held-out conversations.
+Every answer follows from the conversation, so that a well-trained model is sure of each token. Tasks whose text
+falls into one eighth of a hash are kept out of training and make up the held-out conversations.
 """
 
 import random
@@ -113,7 +113,8 @@ class Conversation:
 
     Args:
         rng: decides everything.
-        held_out: make only tasks kept out of training where a task can be (lists, ranges, pairs of facts, stories), else only the others.
+        held_out: make only tasks kept out of training where a task can be (lists, ranges, pairs of facts, stories),
+            else only the others.
     """
 
     rng: random.Random
@@ -122,7 +123,8 @@ class Conversation:
     facts: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def system(self) -> None:
-        """Begin with a system message: a sentence, at times followed by notes that have nothing to do with what is asked later."""
+        """Begin with a system message: a sentence, at times followed by notes that have nothing to do with what is
+        asked later."""
         content = self.rng.choice(words.SYSTEM_PROMPTS)
         if self.rng.random() < 0.4:
             content += "".join(f"\n{note(self.rng)}" for _ in range(self.rng.randint(1, 16)))
@@ -200,8 +202,9 @@ class Conversation:
             animal, name = self.rng.choice(words.ANIMALS), self.rng.choice(words.PET_NAMES)
             question = f"Tell me a story about a {animal} called {name}."
             answer = (
-                f"Once upon a time there was a {animal} called {name}. {name} lived in a small house by the river. One day"
-                f" {name} met a friend and they walked to the sea. In the evening {name} came home and was happy."
+                f"Once upon a time there was a {animal} called {name}. {name} lived in a small house by the river."
+                f" One day {name} met a friend and they walked to the sea."
+                f" In the evening {name} came home and was happy."
             )
             return _article(question), _article(answer)
 

@@ -1,8 +1,8 @@
 """The MTP losses: the layer applied to its own results, each step seeing exactly what it will see when drafting.
 
-When an engine drafts behind position s, the layer's first step reads keys that it made from the decoder's hidden states up to s; the later
-steps add keys made from its own results. Training over all s at once therefore needs, in step d, a causal part (the keys of the first
-step) and d - 1 further keys that belong to s alone.
+When an engine drafts behind position s, the layer's first step reads keys that it made from the decoder's hidden
+states up to s; the later steps add keys made from its own results. Training over all s at once therefore needs, in
+step d, a causal part (the keys of the first step) and d - 1 further keys that belong to s alone.
 """
 
 import torch
@@ -25,11 +25,12 @@ def draft_hidden(
         hidden: the decoder's ``[B, T, H]`` for ``tokens[:, :T]``.
         tokens: ``[B, N]`` with N > T + depth - 1.
         depth: steps, at least 1.
-        wanted: ``[B, T]`` bool: rows that are needed; the feed-forward part of all others is left out, and what is returned for them
-            means nothing. All if None.
+        wanted: ``[B, T]`` bool: rows that are needed; the feed-forward part of all others is left out, and what is
+            returned for them means nothing. All if None.
 
     Returns:
-        for each step d (from 0) ``[B, T, H]``, whose row s predicts ``tokens[:, s + d + 2]``; step 0 is ``ReferenceModel.mtp``.
+        for each step d (from 0) ``[B, T, H]``, whose row s predicts ``tokens[:, s + d + 2]``; step 0 is
+            ``ReferenceModel.mtp``.
     """
     weights, spec = model.layer(MTP_LAYER), model.spec
     eps, length = spec.rms_norm_eps, hidden.shape[1]
@@ -57,7 +58,8 @@ def draft_hidden(
             o = o + mass[..., length + i].transpose(1, 2)[..., None] * value
         x = x + sigmoid_gate(o.reshape(gate.shape), gate) @ weights["self_attn.o_proj.weight"].T
         rows = x[wanted] if wanted is not None else x
-        answer = feed_forward(rms_norm(rows, weights["post_attention_layernorm.weight"], eps), weights, spec, dense=False)
+        normed = rms_norm(rows, weights["post_attention_layernorm.weight"], eps)
+        answer = feed_forward(normed, weights, spec, dense=False)
         x = x.masked_scatter(wanted[..., None], rows + answer) if wanted is not None else rows + answer
         hidden = rms_norm(x, model.weights["mtp.norm.weight"], eps)
         results.append(hidden)

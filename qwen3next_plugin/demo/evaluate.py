@@ -76,13 +76,15 @@ def open_demo(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Refe
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    stop = {tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
+    vocabulary = tokenizer.get_vocab()
+    stop = {vocabulary[token] for token in ("<|im_end|>", "<|endoftext|>")}
     model = ReferenceModel.from_checkpoint(directory, dtype)
     return model, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, stop
 
 
 def figures_of(directory: Path, per_kind: int = 25) -> dict[str, Any]:
-    """The figures of a finished checkpoint for its result file: accuracy by kind, acceptance by depth, closest decisions."""
+    """The figures of a finished checkpoint for its result file: accuracy by kind, acceptance by depth, closest
+    decisions."""
     model, encode, stop = open_demo(directory)
     result = evaluate(model, encode, stop, per_kind=per_kind)
     margins = sorted(result.margins)

@@ -15,8 +15,9 @@ from .random import tensor_shapes
 def checkpoint_tensors(fused: Mapping[str, Tensor], spec: Qwen3NextSpec) -> Iterator[tuple[str, Tensor]]:
     """The inverse of ``weights.fuse_checkpoint`` for unquantised weights.
 
-    Yields every tensor of the checkpoint by its published name in ``spec.dtype`` (A_log and dt_bias in float32), experts
-    one by one and the rows of ``in_proj_qkvz`` and ``in_proj_ba`` interleaved by key head. KeyError for a missing weight.
+    Yields every tensor of the checkpoint by its published name in ``spec.dtype`` (A_log and dt_bias in float32),
+    experts one by one and the rows of ``in_proj_qkvz`` and ``in_proj_ba`` interleaved by key head. KeyError for a
+    missing weight.
     """
     tensor_map = TensorMap(spec)
     for name, shape in tensor_shapes(spec):

@@ -1,7 +1,7 @@
 """Checkpoints with random weights in the published file layout, for tests of any shape.
 
-The numbers are drawn so that errors show: norm weights off their neutral value, routers that spread, decays from slow to fast as in
-Mamba-2's initialisation (arXiv 2405.21060), so that the state remembers far more than a few tokens.
+The numbers are drawn so that errors show: norm weights off their neutral value, routers that spread, decays from
+slow to fast as in Mamba-2's initialisation (arXiv 2405.21060), so that the state remembers far more than a few tokens.
 """
 
 import json
@@ -38,15 +38,16 @@ def write_random_checkpoint(
 ) -> Path:
     """Write config.json, tokenizer and random safetensors in the published layout and names.
 
-    The same seed, shape and dtype give the same bytes; every tensor has a generator of its own, so a layer's numbers do not depend on how
-    many others there are.
+    The same seed, shape and dtype give the same bytes; every tensor has a generator of its own, so a layer's numbers
+    do not depend on how many others there are.
 
     Args:
         directory: made if it is not there.
         shape: a key of ``shapes.SHAPES``.
         seed: of the weights.
         dtype: ``bfloat16``, ``float16`` or ``float32``; ``A_log`` and ``dt_bias`` are float32 in any case.
-        fp8: quantise linear layers in 128x128 blocks with ``weight_scale_inv`` beside, as the published FP8 checkpoint does.
+        fp8: quantise linear layers in 128x128 blocks with ``weight_scale_inv`` beside, as the published FP8
+            checkpoint does.
         weights: False writes config and tokenizer only; None does so for shapes over ``MAX_PARAMETERS``.
         overrides: fields of config.json to set on top of the shape.
 
@@ -139,7 +140,8 @@ def count_parameters(spec: Qwen3NextSpec) -> int:
 
 
 def random_tensors(spec: Qwen3NextSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint tensors one after another, in ``spec.dtype``, or as FP8 codes and scales where ``spec.quant`` asks for it."""
+    """Checkpoint tensors one after another, in ``spec.dtype``, or as FP8 codes and scales where ``spec.quant`` asks
+    for it."""
     for name, shape in tensor_shapes(spec):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         value = _draw(name, shape, generator)
@@ -185,7 +187,8 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
 
 
 def save_shards(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write safetensors below ``directory``: one file, or numbered shards with an index when there is more than ``shard_bytes``."""
+    """Write safetensors below ``directory``: one file, or numbered shards with an index when there is more than
+    ``shard_bytes``."""
     shards: list[dict[str, str]] = []
     pending: dict[str, Tensor] = {}
     size = total = 0

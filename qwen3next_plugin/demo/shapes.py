@@ -85,7 +85,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deep": _TINY | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4},
     "dense": _TINY | {"mlp_only_layers": [0, 3]},
     "blocks": _TINY | _BLOCKS,
-    # What `qwen3next demo-checkpoint` ships: 1.9 million parameters, the proportions of the published model where size allows.
+    # What `qwen3next demo-checkpoint` ships: 1.9 million parameters, the proportions of the published model where
+    # size allows.
     "demo": {
         "head_dim": 64,
         "hidden_size": 128,
@@ -143,7 +144,8 @@ def config_of(shape: str, dtype: str = "bfloat16", fp8: bool = False, **override
 
 
 def _unquantised(config: dict[str, Any]) -> list[str]:
-    """The modules that an FP8 checkpoint leaves alone: head, routers, gates, the small b/a projection and the MTP layer's ``fc``."""
+    """The modules that an FP8 checkpoint leaves alone: head, routers, gates, the small b/a projection and the MTP
+    layer's ``fc``."""
     names = ["lm_head"]
     interval = config["full_attention_interval"]
     for i in range(config["num_hidden_layers"]):

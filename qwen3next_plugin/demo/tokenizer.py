@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Words with their leading space, single digits, runs of punctuation, white space: GPT-4's split with Qwen's single digits.
+# Words with their leading space, single digits, runs of punctuation, white space: GPT-4's split with Qwen's single
+# digits.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -76,7 +77,8 @@ def tokenizer_json(merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
 
 
 def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
-    """The ``count`` most useful merges over ``texts`` (byte-pair encoding, arXiv 1508.07909); needs the ``tokenizers`` library."""
+    """The ``count`` most useful merges over ``texts`` (byte-pair encoding, arXiv 1508.07909); needs the
+    ``tokenizers`` library."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,5 @@
-"""Training of the demo checkpoint: the oracle itself is trained, so nothing is learnt that the engines do not compute."""
+"""Training of the demo checkpoint: the oracle itself is trained, so nothing is learnt that the engines do not
+compute."""
 
 import json
 import math
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
 from qwen3next_plugin.reference import ReferenceModel
@@ -47,7 +48,8 @@ class TrainingPlan:
 
     @classmethod
     def for_device(cls, device: str, **overrides: Any) -> "TrainingPlan":
-        """The plan for ``cuda``, or one that a CPU can finish: smaller steps, several hours. ``overrides`` are fields, None for unset."""
+        """The plan for ``cuda``, or one that a CPU can finish: smaller steps, several hours. ``overrides`` are
+        fields, None for unset."""
         defaults = {"device": device} if device != "cpu" else _CPU_PLAN
         return cls(**(defaults | {name: value for name, value in overrides.items() if value is not None}))
 
@@ -83,7 +85,7 @@ def losses(model: ReferenceModel, batch: Batch, depth: int) -> tuple[Tensor, lis
 
     def cross_entropy(hidden: Tensor, by: int) -> Tensor:
         rows = ahead(batch.answers, by)
-        return F.cross_entropy(model.logits(hidden[rows]), ahead(tokens, by)[rows])
+        return functional.cross_entropy(model.logits(hidden[rows]), ahead(tokens, by)[rows])
 
     hidden = model.hidden(tokens[:, :length])
     if depth == 0:

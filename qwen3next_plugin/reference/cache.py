@@ -7,7 +7,8 @@ from torch import Tensor
 
 @dataclass
 class LayerState:
-    """The state of one layer: ``keys``/``values`` of a full layer, ``conv``/``ssm`` of a linear one; None before the first token."""
+    """The state of one layer: ``keys``/``values`` of a full layer, ``conv``/``ssm`` of a linear one; None before the
+    first token."""
 
     keys: Tensor | None = None  # [B, T, num_kv_heads, head_dim], after norm and rotary
     values: Tensor | None = None  # [B, T, num_kv_heads, head_dim]
@@ -23,8 +24,8 @@ class LayerState:
 class ReferenceCache:
     """The states of all layers of a batch whose sequences have the same length.
 
-    ``layers`` maps a layer's prefix (``model.layers.3.``, ``mtp.layers.0.``) to its state. ``length`` counts the tokens the decoder has
-    seen and ``mtp_length`` those the MTP layer has.
+    ``layers`` maps a layer's prefix (``model.layers.3.``, ``mtp.layers.0.``) to its state. ``length`` counts the
+    tokens the decoder has seen and ``mtp_length`` those the MTP layer has.
     """
 
     length: int = 0

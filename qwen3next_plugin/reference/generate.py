@@ -89,13 +89,13 @@ class DraftStatistics:
 
 
 @torch.no_grad()
-def accept_drafts(
-    model: ReferenceModel, prompt: Sequence[int], answer: Sequence[int], depth: int
-) -> DraftStatistics:
-    """Replay greedy speculative decoding of ``answer`` with ``depth`` MTP drafts a step (arXiv 2211.17192, temperature 0).
+def accept_drafts(model: ReferenceModel, prompt: Sequence[int], answer: Sequence[int], depth: int) -> DraftStatistics:
+    """Replay greedy speculative decoding of ``answer`` with ``depth`` MTP drafts a step (arXiv 2211.17192,
+    temperature 0).
 
-    Because the target is greedy, its tokens are known beforehand: a draft is accepted exactly when it equals the answer's token, and
-    after each step decoding goes on behind the last accepted draft and the token that the verification adds.
+    Because the target is greedy, its tokens are known beforehand: a draft is accepted exactly when it equals the
+    answer's token, and after each step decoding goes on behind the last accepted draft and the token that the
+    verification adds.
     """
     tokens = model.tokens([*prompt, *answer])
     prefill = ReferenceCache()

@@ -1,7 +1,8 @@
 """The formulas of Qwen3-Next's layers over whole sequences ``x [B, T, H]``.
 
-A note on RMSNorm, because popular texts have it wrong: "zero-centred" means that the *weight* is centred on zero, not the input. The norm
-is ``x / RMS(x) * (1 + weight)``; no mean is subtracted anywhere. The norm behind the delta rule is the only one with a plain weight.
+A note on RMSNorm, because popular texts have it wrong: "zero-centred" means that the *weight* is centred on zero,
+not the input. The norm is ``x / RMS(x) * (1 + weight)``; no mean is subtracted anywhere. The norm behind the delta
+rule is the only one with a plain weight.
 
 Weights come as a mapping from the fused names of ``qwen3next_plugin.weights`` without the layer's prefix.
 """
@@ -9,8 +10,8 @@ Weights come as a mapping from the fused names of ``qwen3next_plugin.weights`` w
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from qwen3next_plugin.config import AttentionSpec, GdnSpec, LayerKind, MoeSpec, Qwen3NextSpec
 from qwen3next_plugin.kernels.conv.reference import causal_conv
@@ -27,7 +28,8 @@ Weights = Mapping[str, Tensor]
 def gated_delta_net(
     x: Tensor, w: Weights, gdn: GdnSpec, eps: float, state: LayerState | None = None, delta_rule: str = "auto"
 ) -> Tensor:
-    """Gated DeltaNet (arXiv 2412.06464, figure 1): projections, short convolution, gated delta rule, gated RMSNorm, output.
+    """Gated DeltaNet (arXiv 2412.06464, figure 1): projections, short convolution, gated delta rule, gated RMSNorm,
+    output.
 
     Args:
         x: ``[B, T, H]``.
@@ -42,8 +44,8 @@ def gated_delta_net(
     """
     batch, length, _ = x.shape
     heads, key_heads = gdn.num_v_heads, gdn.num_k_heads
-    mixed, z = F.linear(x, w["linear_attn.in_proj_qkvz.weight"]).split([gdn.conv_dim, gdn.value_dim], dim=-1)
-    b, a = F.linear(x, w["linear_attn.in_proj_ba.weight"]).split([heads, heads], dim=-1)
+    mixed, z = functional.linear(x, w["linear_attn.in_proj_qkvz.weight"]).split([gdn.conv_dim, gdn.value_dim], dim=-1)
+    b, a = functional.linear(x, w["linear_attn.in_proj_ba.weight"]).split([heads, heads], dim=-1)
 
     mixed, conv = causal_conv(mixed, w["linear_attn.conv1d.weight"], state.conv if state else None)
     q, k, v = mixed.split([gdn.key_dim, gdn.key_dim, gdn.value_dim], dim=-1)
@@ -59,13 +61,14 @@ def gated_delta_net(
         state.conv, state.ssm = conv, ssm
 
     o = rms_norm_gated(o, z.reshape(o.shape), w["linear_attn.norm.weight"], eps)
-    return F.linear(o.reshape(batch, length, gdn.value_dim), w["linear_attn.out_proj.weight"])
+    return functional.linear(o.reshape(batch, length, gdn.value_dim), w["linear_attn.out_proj.weight"])
 
 
 def project_qkv(
     x: Tensor, w: Weights, attention: AttentionSpec, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values and output gate of gated attention; norm over each head, then rotary on its first ``rotary_dim`` values.
+    """Queries, keys, values and output gate of gated attention; norm over each head, then rotary on its first
+    ``rotary_dim`` values.
 
     Args:
         x: ``[B, T, H]``.
@@ -76,7 +79,7 @@ def project_qkv(
     """
     batch, length, _ = x.shape
     heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    qg, k, v = F.linear(x, w["self_attn.qkv_proj.weight"]).split(
+    qg, k, v = functional.linear(x, w["self_attn.qkv_proj.weight"]).split(
         [2 * heads * dim, kv_heads * dim, kv_heads * dim], dim=-1
     )
     q, gate = qg.reshape(batch, length, heads, 2 * dim).split([dim, dim], dim=-1)
@@ -101,7 +104,8 @@ def gated_attention(
     sin: Tensor,
     state: LayerState | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention whose output is multiplied by ``sigmoid(gate)`` (arXiv 2505.06708, gate after attention).
+    """Causal grouped-query attention whose output is multiplied by ``sigmoid(gate)`` (arXiv 2505.06708, gate after
+    attention).
 
     Args:
         x: ``[B, T, H]``.
@@ -125,16 +129,17 @@ def gated_attention(
     wide = scores.float() if scores.dtype != torch.float64 else scores
     weights = wide.masked_fill(future, float("-inf")).softmax(-1).to(v.dtype)
     o = torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(gate.shape)
-    return F.linear(sigmoid_gate(o, gate), w["self_attn.o_proj.weight"])
+    return functional.linear(sigmoid_gate(o, gate), w["self_attn.o_proj.weight"])
 
 
 def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU: ``down @ (silu(gate @ x) * (up @ x))`` with ``gate_up [2I, H]`` (gate rows first) and ``down [H, I]``."""
-    return F.linear(swiglu(F.linear(x, gate_up)), down)
+    return functional.linear(swiglu(functional.linear(x, gate_up)), down)
 
 
 def sparse_moe(x: Tensor, w: Weights, moe: MoeSpec) -> Tensor:
-    """Routed experts plus the shared expert behind a sigmoid gate: ``sum_e p_e * expert_e(x) + sigmoid(x @ g) * shared(x)``.
+    """Routed experts plus the shared expert behind a sigmoid gate: ``sum_e p_e * expert_e(x) + sigmoid(x @ g) *
+    shared(x)``.
 
     Args:
         x: ``[..., H]``.
@@ -144,7 +149,7 @@ def sparse_moe(x: Tensor, w: Weights, moe: MoeSpec) -> Tensor:
         the shape and dtype of ``x``.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    weights, ids = route(F.linear(tokens, w["mlp.gate.weight"]), moe.top_k, moe.norm_topk_prob)
+    weights, ids = route(functional.linear(tokens, w["mlp.gate.weight"]), moe.top_k, moe.norm_topk_prob)
     routed = fused_moe(tokens, w["mlp.experts.w13"], w["mlp.experts.w2"], weights, ids)
     shared = mlp(tokens, w["mlp.shared_expert.gate_up_proj.weight"], w["mlp.shared_expert.down_proj.weight"])
     return add_shared_expert(routed, shared, tokens, w["mlp.shared_expert_gate.weight"]).reshape(x.shape)
@@ -168,7 +173,8 @@ def decoder_layer(
     state: LayerState | None = None,
     delta_rule: str = "auto",
 ) -> Tensor:
-    """One pre-norm layer: ``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``; shapes as in the functions above."""
+    """One pre-norm layer: ``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``; shapes as in the functions
+    above."""
     normed = rms_norm(x, w["input_layernorm.weight"], spec.rms_norm_eps)
     if kind == LayerKind.LINEAR:
         x = x + gated_delta_net(normed, w, spec.gdn, spec.rms_norm_eps, state, delta_rule)

@@ -1,12 +1,12 @@
 """Qwen3-Next over the fused weights: decoder, language-model head and the multi-token-prediction (MTP) layer."""
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec, load_spec
 from qwen3next_plugin.kernels.gemm.reference import dequantize_block
@@ -22,7 +22,8 @@ GATE_PARAMETERS = ("A_log", "dt_bias")  # never rounded below float32, as in the
 
 
 def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights the oracle computes with: FP8 blocks multiplied out, everything in ``dtype``, gate parameters in float32 or wider."""
+    """The weights the oracle computes with: FP8 blocks multiplied out, everything in ``dtype``, gate parameters in
+    float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     prepared = {}
     for name, weight in weights.items():
@@ -36,14 +37,15 @@ def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[s
 
 
 class ReferenceModel:
-    """The oracle. It holds a specification and a dict of fused weights; training hands in weights that require gradients.
+    """The oracle. It holds a specification and a dict of fused weights; training hands in weights that require
+    gradients.
 
     Args:
         spec: the model's shape.
-        weights: fused names and tensors as ``qwen3next_plugin.weights.fuse_checkpoint`` returns them. Tensors that already have the right
-            dtype are used as they are, without a copy.
-        dtype: of weights and activations: float32, float64 or bfloat16. Norms, softmax, gates and the delta rule compute in float32
-            or wider in any case.
+        weights: fused names and tensors as ``qwen3next_plugin.weights.fuse_checkpoint`` returns them. Tensors that
+            already have the right dtype are used as they are, without a copy.
+        dtype: of weights and activations: float32, float64 or bfloat16. Norms, softmax, gates and the delta rule
+            compute in float32 or wider in any case.
         delta_rule: ``"chunked"``, ``"recurrent"`` or ``"auto"`` (recurrent for single tokens).
     """
 
@@ -64,8 +66,9 @@ class ReferenceModel:
         self._cos_sin: Tensor | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> Self:
-        """Read ``config.json`` and the safetensors files below ``path``; raises what ``load_spec`` and ``fuse_checkpoint`` raise."""
+    def from_checkpoint(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Read ``config.json`` and the safetensors files below ``path``; raises what ``load_spec`` and
+        ``fuse_checkpoint`` raise."""
         spec = load_spec(path)
         return cls(spec, fuse_checkpoint(open_checkpoint(path), spec), dtype)
 
@@ -96,10 +99,11 @@ class ReferenceModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[B, T]`` -> embeddings ``[B, T, H]``."""
-        return F.embedding(tokens, self.weights["model.embed_tokens.weight"])
+        return functional.embedding(tokens, self.weights["model.embed_tokens.weight"])
 
     def hidden(self, tokens: Tensor, cache: ReferenceCache | None = None) -> Tensor:
-        """The decoder: token ids ``[B, T]`` -> hidden states ``[B, T, H]`` behind the final norm, which head and MTP layer both read.
+        """The decoder: token ids ``[B, T]`` -> hidden states ``[B, T, H]`` behind the final norm, which head and MTP
+        layer both read.
 
         With a ``cache`` the tokens follow those it has seen, and it is brought up to date.
         """
@@ -118,13 +122,15 @@ class ReferenceModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[..., H]`` of decoder or MTP layer -> logits ``[..., vocab]``."""
         head = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
-        return F.linear(hidden, self.weights[head])
+        return functional.linear(hidden, self.weights[head])
 
     def __call__(self, tokens: Tensor, cache: ReferenceCache | None = None) -> Tensor:
         """Token ids ``[B, T]`` of equally long sequences -> logits ``[B, T, vocab]``."""
         return self.logits(self.hidden(tokens, cache))
 
-    def ragged(self, sequences: Sequence[Sequence[int]], caches: Sequence[ReferenceCache] | None = None) -> list[Tensor]:
+    def ragged(
+        self, sequences: Sequence[Sequence[int]], caches: Sequence[ReferenceCache] | None = None
+    ) -> list[Tensor]:
         """Sequences of any lengths -> logits ``[T_i, vocab]`` of each; no padding, so nothing can leak between them."""
         each = caches if caches is not None else [None] * len(sequences)
         return [self(self.tokens(s), cache)[0] for s, cache in zip(sequences, each, strict=True)]
@@ -134,13 +140,14 @@ class ReferenceModel:
         eps = self.spec.rms_norm_eps
         embedding = rms_norm(self.embed(next_tokens), self.weights["mtp.pre_fc_norm_embedding.weight"], eps)
         hidden = rms_norm(hidden, self.weights["mtp.pre_fc_norm_hidden.weight"], eps)
-        return F.linear(torch.cat([embedding, hidden], dim=-1), self.weights["mtp.fc.weight"])
+        return functional.linear(torch.cat([embedding, hidden], dim=-1), self.weights["mtp.fc.weight"])
 
     def mtp(self, hidden: Tensor, next_tokens: Tensor, cache: ReferenceCache | None = None) -> Tensor:
         """The MTP layer (DeepSeek-V3, arXiv 2412.19437, section 2.2): predicts the token after the next one.
 
-        Row t pairs the hidden state of position t with the token at t + 1; ``logits`` of row t of the result are for the token at t + 2.
-        To look further ahead, the result is fed back as ``hidden`` together with the token it predicted.
+        Row t pairs the hidden state of position t with the token at t + 1; ``logits`` of row t of the result are for
+        the token at t + 2. To look further ahead, the result is fed back as ``hidden`` together with the token it
+        predicted.
 
         Args:
             hidden: ``[B, T, H]`` behind the final norm of the decoder, or a former result of this function.

@@ -15,7 +15,9 @@ LENGTHS = (1, 3, 64, 65, 150)  # around the chunk of 64 and the convolution's wi
 
 
 @pytest.fixture(scope="module", params=["ratio1", "ratio2", "ratio4", "dense"])
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReferenceModel, torch.nn.Module]:
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ReferenceModel, torch.nn.Module]:
     directory = write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), request.param, seed=7, dtype="float32")
     theirs = Qwen3NextForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     return ReferenceModel.from_checkpoint(directory), theirs

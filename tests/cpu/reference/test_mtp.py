@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import AutoConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer, Qwen3NextRotaryEmbedding
 
@@ -36,8 +36,10 @@ def zero_centred(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_mtp_layer_against_transformers_decoder_layer(checkpoint: Path, model: ReferenceModel) -> None:
-    """transformers has no MTP head, but its full-attention layer is the same: only what surrounds it is written out here."""
-    raw = {name: w.double() for name, w in load_file(checkpoint / "model.safetensors").items() if name.startswith("mtp.")}
+    """transformers has no MTP head, but its full-attention layer is the same: only what surrounds it is written out
+    here."""
+    stored = load_file(checkpoint / "model.safetensors")
+    raw = {name: w.double() for name, w in stored.items() if name.startswith("mtp.")}
     config = AutoConfig.from_pretrained(checkpoint)
     config._attn_implementation = "eager"
     layer = Qwen3NextDecoderLayer(config, layer_idx=3).double().eval()
@@ -51,7 +53,7 @@ def test_mtp_layer_against_transformers_decoder_layer(checkpoint: Path, model: R
 
     length = 50
     hidden, following = torch.randn(1, length, 64, dtype=torch.float64), tokens_of(length)
-    embedding = F.embedding(following, model.weights["model.embed_tokens.weight"])
+    embedding = functional.embedding(following, model.weights["model.embed_tokens.weight"])
     both = [
         zero_centred(embedding, raw["mtp.pre_fc_norm_embedding.weight"]),
         zero_centred(hidden, raw["mtp.pre_fc_norm_hidden.weight"]),
