@@ -106,7 +106,7 @@ def serve(settings: Settings, python: Path, device: str) -> None:
         wait_until_ready(process, log, start, api, settings.timeout)
         line = activation_line(log, start)
         if line is None and not stock:
-            raise ServeError("The engine is up, but the plugin did not say that it is active.", log)
+            raise ServeError("The engine is up, but the plugin is not active: is it a Qwen3-Next?", log)
         print("QWEN3NEXT_PLUGIN=0: this is the stock engine, without the plugin." if stock else line, flush=True)
         name = api.model()
         question = settings.question or QUESTION

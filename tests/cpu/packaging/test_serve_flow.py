@@ -119,7 +119,7 @@ def test_it_stays_up_until_it_is_told_to_stop(tmp_path: Path, port: str, number:
     ("mode", "sentence"),
     [
         ("dies", "FAILED: The engine ended with exit code 3 before it was ready: ValueError: no such architecture"),
-        ("stock", "FAILED: The engine is up, but the plugin did not say that it is active."),
+        ("stock", "FAILED: The engine is up, but the plugin is not active: is it a Qwen3-Next?"),
         ("refuses", "FAILED: The server refused /v1/chat/completions with 400"),
     ],
 )
