@@ -50,34 +50,35 @@ def fused_moe(
     """
     tokens, top_k = topk_ids.shape
     compute = x.dtype if w13_scale is None else torch.promote_types(x.dtype, torch.float32)
-
-    def entering(rows: torch.Tensor) -> torch.Tensor:
-        values = rows.to(compute)
-        return dequantize_tokens(*quantize_tokens(values), compute) if quantize_activations else values
-
     flat = topk_ids.reshape(-1)
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat.clamp(min=-1) + 1, minlength=w13.shape[0] + 1).tolist()
-    skipped = counts[0]
-    outputs = [x.new_zeros(skipped, x.shape[1], dtype=compute)]
-    begin = skipped
-    # unbound once: the gradient of w13[expert] would be a tensor of all experts' size for each of them
-    ups, downs = w13.unbind(0), w2.unbind(0)
-    for expert, count in enumerate(counts[1:]):
-        if count == 0:
-            continue
-        rows = order[begin : begin + count] // top_k
-        up, down = ups[expert], downs[expert]
-        if w13_scale is not None and w2_scale is not None:
-            halves, factors = up.unflatten(0, (2, -1)), w13_scale[expert].unflatten(0, (2, -1))
-            up = dequantize_block(halves, factors, compute).flatten(0, 1)
-            down = dequantize_block(down, w2_scale[expert], compute)
-        outputs.append(functional.linear(entering(swiglu(functional.linear(entering(x[rows]), up))), down))
-        begin += count
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    pairs = torch.cat(outputs)[inverse].view(tokens, top_k, x.shape[1])
+    skipped, active = counts[0], [(expert, count) for expert, count in enumerate(counts[1:]) if count]
+    sizes = [count for _, count in active]
+
+    def project(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, halves: int) -> torch.Tensor:
+        """Each expert's rows [rows, K] by its matrix of weight [E, N, K], whose blocks start anew in each of `halves`."""
+        rows = rows.to(compute)
+        if quantize_activations:
+            rows = dequantize_tokens(*quantize_tokens(rows), compute)
+        # unbound once: the gradient of weight[expert] would be a tensor of all experts' size for each of them
+        matrices, parts = weight.unbind(0), []
+        for (expert, _), part in zip(active, rows.split(sizes), strict=True):
+            matrix = matrices[expert]
+            if scale is not None:
+                codes, factors = matrix.unflatten(0, (halves, -1)), scale[expert].unflatten(0, (halves, -1))
+                matrix = dequantize_block(codes, factors, compute).flatten(0, 1)
+            parts.append(functional.linear(part, matrix))
+        return torch.cat(parts)
+
+    if not active:
+        return x.new_zeros(x.shape)
+    activated = swiglu(project(x[order[skipped:] // top_k], w13, w13_scale, 2))
+    sorted_pairs = project(activated, w2, w2_scale, 1)
+    pairs = sorted_pairs.new_zeros(flat.numel(), x.shape[1]).index_copy(0, order[skipped:], sorted_pairs)
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    return torch.einsum("mkh,mk->mh", pairs.to(accumulate), topk_weights.to(accumulate)).to(x.dtype)
+    pairs = pairs.view(tokens, top_k, x.shape[1]).to(accumulate)
+    return torch.einsum("mkh,mk->mh", pairs, topk_weights.to(accumulate)).to(x.dtype)
 
 
 def add_shared_expert(
