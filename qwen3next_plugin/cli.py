@@ -73,6 +73,8 @@ def check(
         f"{spec.moe.num_experts} experts, {spec.moe.top_k} a token",
         "with MTP layer" if summary.has_mtp else "without MTP layer",
         f"{summary.num_tensors} tensors in {summary.num_files} file{'s' * (summary.num_files != 1)}",
-        f"{summary.num_bytes / 2**30:.2f} GiB",
+        f"{summary.num_bytes / 2**30:.1f} GiB"
+        if summary.num_bytes >= 2**30
+        else f"{summary.num_bytes / 2**20:.1f} MiB",
     ]
     print(f"{directory} is complete: {', '.join(parts)}.")
