@@ -1,4 +1,4 @@
-"""A server at its limits over HTTP: answers that fill the context, more conversations than the cache holds, both at once."""
+"""A server at its limits over HTTP: answers that fill the context, more conversations than the cache holds."""
 
 from __future__ import annotations
 

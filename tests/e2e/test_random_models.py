@@ -1,4 +1,4 @@
-"""A real server with random weights, for each ratio of value heads to key heads: what it says is laid beside the oracle.
+"""A real server with random weights, for each ratio of value heads to key heads, laid beside the oracle.
 
 In random weights nothing hides: log-probabilities come near the oracle's only if every layer, state and copy is right.
 """
@@ -97,7 +97,7 @@ def test_a_conversation_goes_on_from_the_cache(served: Served) -> None:
 
 
 def test_generated_tokens_score_the_same_as_one_prefill(served: Served) -> None:
-    """Engine against itself: log-probabilities while generating, then of the same tokens as a prompt, without the cache."""
+    """Engine against itself: log-probabilities while generating, then of the same tokens as one uncached prompt."""
     prompt = random_prompt(11, 80)
     generated = complete(served.server, prompt, 120)
     assert largest_error(served.checkpoint, prompt, generated) < LOGPROB_TOLERANCE

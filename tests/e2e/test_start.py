@@ -16,7 +16,7 @@ NAME = "Qwen/Qwen3-Next-80B-A3B-Instruct"
 
 
 def test_the_literal_name_is_found_in_the_hub_cache(random_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """`vllm serve Qwen/Qwen3-Next-80B-A3B-Instruct` offline: the name leads to files, the files to this plugin's model."""
+    """`vllm serve Qwen/Qwen3-Next-80B-A3B-Instruct` offline: the name leads to files, those to this plugin's model."""
     checkpoint = random_checkpoint("ratio2")
     repository = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
     revision = "0123456789abcdef0123456789abcdef01234567"
