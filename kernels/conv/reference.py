@@ -74,9 +74,9 @@ def causal_conv1d_prefill(
         if end <= start or slot < 0:
             continue
         history = conv_state[slot, :, :columns].T[None] if has_history else None
-        y, new_history = causal_conv(x[None, start:end], weight, history, bias, activation)
-        out[start:end] = y[0]
-        conv_state[slot, :, :columns] = new_history[0].T
+        y, new_history = causal_conv(x[None, start:end].to(_compute_dtype(x)), weight, history, bias, activation)
+        out[start:end] = y[0].to(out.dtype)
+        conv_state[slot, :, :columns] = new_history[0].T.to(conv_state.dtype)
 
 
 def causal_conv1d_update(
@@ -106,7 +106,7 @@ def causal_conv1d_update(
         tokens = query_start[rows] + torch.arange(length, device=x.device)
         first = 0 if num_accepted_tokens is None else num_accepted_tokens[rows] - 1
         history = conv_state[slots, :, first + torch.arange(columns, device=x.device)]
-        window = torch.cat([history.to(x.dtype), x[tokens]], dim=1)
-        out[tokens] = _convolve(window.to(_compute_dtype(x)), weight, bias, activation).to(out.dtype)
+        window = torch.cat([history.to(_compute_dtype(x)), x[tokens].to(_compute_dtype(x))], dim=1)
+        out[tokens] = _convolve(window, weight, bias, activation).to(out.dtype)
         kept = torch.arange(columns - 1 + length, device=x.device)
         conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)
