@@ -4,7 +4,8 @@ from typing import Any
 
 from qwen3next_plugin.errors import SettingsError
 
-# As published for Qwen/Qwen3-Next-80B-A3B-Instruct; small shapes say only how they differ.
+# As published for Qwen/Qwen3-Next-80B-A3B-Instruct, but saying that there is an MTP layer, so that engines need not be
+# told; small shapes say only how they differ.
 PUBLISHED: dict[str, Any] = {
     "architectures": ["Qwen3NextForCausalLM"],
     "attention_bias": False,

@@ -3,6 +3,7 @@ compute."""
 
 import json
 import math
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -166,4 +167,7 @@ def train(directory: Path, plan: TrainingPlan, log: Callable[[str], None] = prin
             log("  ".join(f"{name} {value:.3f}" for name, value in entry.items()))
         if step % plan.save_every == 0 or progress >= 1.0:
             save_shards(directory, checkpoint_tensors(weights, spec))
-    return {"plan": asdict(plan), "steps": step, "tokens": tokens, "minutes": round(minutes, 2), "history": history}
+    name = torch.cuda.get_device_name() if plan.device == "cuda" else platform.processor() or platform.machine()
+    made_on = {"device": name, "torch": torch.__version__}
+    done = {"steps": step, "tokens": tokens, "minutes": round(minutes, 2)}
+    return {"plan": asdict(plan), **made_on, **done, "history": history}

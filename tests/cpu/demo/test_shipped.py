@@ -11,7 +11,7 @@ from qwen3next_plugin.config import LayerKind, load_spec
 from qwen3next_plugin.demo.batches import encode_chat
 from qwen3next_plugin.demo.command import copy_shipped
 from qwen3next_plugin.demo.corpus import Message, note
-from qwen3next_plugin.demo.evaluate import evaluate, open_demo
+from qwen3next_plugin.demo.evaluate import evaluate, figures_of, open_demo
 from qwen3next_plugin.demo.random import count_parameters, tensor_shapes
 from qwen3next_plugin.reference import generate_greedy
 from qwen3next_plugin.weights import check_checkpoint, open_checkpoint
@@ -99,6 +99,13 @@ def test_held_out_answers_and_drafts(demo: Path) -> None:
     assert min(result.drafts.rates) > 0.5, f"acceptance by depth {result.drafts.rates}"
     # Fit for golden prompts: bfloat16 engines differ from the oracle by some tenths.
     assert sorted(result.margins)[len(result.margins) // 10] > 2.0
+
+
+def test_figures_of_a_checkpoint_are_plain_json(demo: Path) -> None:
+    figures = json.loads(json.dumps(figures_of(demo, per_kind=1)))
+    assert figures["parameters"] == count_parameters(load_spec(demo)) and figures["answers"] == 8
+    assert figures["accuracy"] > 0.8 and len(figures["acceptance_by_depth"]) == 3
+    assert figures["margin_smallest"] <= figures["margin_lowest_tenth"] <= figures["margin_median"]
 
 
 def test_bfloat16_gives_the_same_answers(demo: Path) -> None:

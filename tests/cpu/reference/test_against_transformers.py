@@ -1,6 +1,7 @@
 """The oracle against transformers' own Qwen3-Next: the same random checkpoint read by both."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,19 @@ def test_continuation_from_a_cache_gives_the_same_logits(
             assert relative_error(mine, output.logits[0].double()) < 1e-4
         at += len(piece)
     assert cache.length == len(prompt)
+
+
+@torch.no_grad()
+def test_yarn_gives_the_same_logits(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    write_random_checkpoint(tmp_path, "ratio2", dtype="float32", rope_scaling=yarn, rope_theta=10_000.0)
+    theirs = Qwen3NextForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    ours = ReferenceModel.from_checkpoint(tmp_path)
+    tokens = torch.tensor([prompt_of(ours, 150)])
+    expected = theirs(tokens).logits.double()
+    assert relative_error(ours(tokens), expected) < 1e-4
+    plain = ReferenceModel(replace(ours.spec, rope=replace(ours.spec.rope, rope_type="default")), ours.weights)
+    assert relative_error(plain(tokens), expected) > 1e-2, "YaRN would change nothing here"
 
 
 @torch.no_grad()
