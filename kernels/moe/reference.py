@@ -57,12 +57,12 @@ def fused_moe(
     sizes = [count for _, count in active]
 
     def project(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, halves: int) -> torch.Tensor:
-        """Each expert's rows [rows, K] by its matrix of weight [E, N, K], whose blocks start anew in each of `halves`."""
+        """Each expert's rows [rows, K] by its matrix of weight [E, N, K], whose blocks start anew in each half."""
         rows = rows.to(compute)
         if quantize_activations:
             rows = dequantize_tokens(*quantize_tokens(rows), compute)
-        # unbound once: the gradient of weight[expert] would be a tensor of all experts' size for each of them
-        matrices, parts = weight.unbind(0), []
+        # in training unbound once: the gradient of weight[expert] would be a tensor of all experts' size for each
+        matrices, parts = weight.unbind(0) if weight.requires_grad else weight, []
         for (expert, _), part in zip(active, rows.split(sizes), strict=True):
             matrix = matrices[expert]
             if scale is not None:
