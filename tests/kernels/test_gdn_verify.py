@@ -1,6 +1,7 @@
 """Verification of draft tokens: the state after every token in its own slot, and rollback by choice of slot."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_no_rows(backend: str, device: str) -> None:
     check_verify(make_tokens(0, device), [(0, 0, 1)], [[0, 1]], backend)
 
 
-def verify_arguments(tokens: Tokens, state: Tensor) -> dict[str, object]:
+def verify_arguments(tokens: Tokens, state: Tensor) -> dict[str, Any]:
     return {
         "ssm_state": state,
         "num_k_heads": 1,
