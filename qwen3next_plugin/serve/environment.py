@@ -53,17 +53,12 @@ class Environment:
         }
 
     def key(self) -> str:
-        """A hash of all that decides what is installed."""
-        digest = hashlib.sha256((self.root / "pyproject.toml").read_bytes())
-        wanted = [
-            pins.STEPS,
-            self.engine.requirement(self.device),
-            pins.TORCH_CPU,
-            sorted(pins.KEPT_OUT),
-            self.origin(),
-        ]
-        digest.update(json.dumps(wanted, sort_keys=True).encode())
-        return digest.hexdigest()
+        """A hash of all that decides what is installed; settings of linters and tests are not part of it."""
+        told = tomllib.loads((self.root / "pyproject.toml").read_text())
+        installed = [told.get("build-system"), told["project"], told.get("tool", {}).get("setuptools")]
+        engine = [self.engine.requirement(self.device), pins.TORCH_CPU, sorted(pins.KEPT_OUT)]
+        wanted = [pins.STEPS, installed, engine, self.origin()]
+        return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
     def is_ready(self) -> bool:
         """True if it was finished with exactly these pins; reads one small file."""

@@ -127,7 +127,8 @@ def test_chat_and_streaming(served: Served) -> None:
     assert len(tokens) == 24
     assert largest_regret(served.checkpoint, prompt, tokens) < TIE_MARGIN
 
-    pieces, streamed = [], []
+    pieces: list[str] = []
+    streamed: list[int] = []
     for chunk in create(
         model=served.server.model, messages=messages, max_tokens=24, temperature=0, extra_body=extra, stream=True
     ):

@@ -95,8 +95,10 @@ def test_it_is_made_once(made: Environment) -> None:
 
 def test_a_change_of_the_project_is_noticed(made: Environment) -> None:
     made.prepare()
-    with (made.root / "pyproject.toml").open("a") as file:
-        file.write("# one more dependency\n")
+    project = made.root / "pyproject.toml"
+    project.write_text(project.read_text() + "[tool.ruff]\nline-length = 120\n")
+    assert made.is_ready()
+    project.write_text(project.read_text().replace('"rich"', '"rich", "numpy"'))
     assert not made.is_ready()
     assert made.prepare() is True
 
