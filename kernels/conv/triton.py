@@ -20,7 +20,8 @@ def _activate(y, SILU: tl.constexpr):
     return y
 
 
-@triton.jit
+# What changes from step to step is not specialised on: a new batch size never compiles anything.
+@triton.jit(do_not_specialize=["num_rows", "slots_stride"])
 def _prefill_kernel(
     x,
     weight,
@@ -144,7 +145,7 @@ def causal_conv1d_prefill(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_query_len", "slots_stride"])
 def _update_kernel(
     x,
     weight,

@@ -50,7 +50,8 @@ def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     return T + tl.dot(T, residual, input_precision=PRECISION)
 
 
-@triton.jit
+# What changes from step to step is not specialised on: a new batch size never compiles anything.
+@triton.jit(do_not_specialize=["num_rows", "slots_stride"])
 def _chunk_kernel(
     qkv,
     a,
@@ -141,7 +142,7 @@ def _chunk_kernel(
     tl.store(U_out + at[:, None] * VALUE_DIM + v_index[None, :], U.to(DOT), mask=v_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_stride"])
 def _walk_kernel(
     qkv,
     W_in,

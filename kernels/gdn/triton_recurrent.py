@@ -21,7 +21,8 @@ def softplus(x):
     return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
-@triton.jit
+# Unspecialised, decode and verify are one binary: one compilation, and outputs equal to the bit.
+@triton.jit(do_not_specialize=["max_query_len", "initial_slots_stride", "output_slots_row", "output_slots_token"])
 def _recurrent_kernel(
     qkv,
     a,

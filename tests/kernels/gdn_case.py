@@ -81,15 +81,21 @@ def make_tokens(
     )
 
 
-def formula(tokens: Tokens, start: int, end: int, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """o [n, HV, V] and the state after each token [n, HV, V, K] of tokens start..end, in float64 on the CPU."""
+def formula(
+    tokens: Tokens, start: int, end: int, initial: Tensor | None, every_state: bool = False
+) -> tuple[Tensor, Tensor]:
+    """o [n, HV, V] of tokens start..end and the state after the last, or after each, [1 or n, HV, V, K].
+
+    In float64 on the CPU.
+    """
     x, a, b, A_log, dt_bias = (t.detach().cpu().double() for t in tokens.arguments())
     keys = tokens.k_heads * tokens.key_dim
     group = tokens.v_heads // tokens.k_heads
     k_head_of = torch.arange(tokens.v_heads) // group
     shape = (tokens.v_heads, tokens.value_dim, tokens.key_dim)
     S = torch.zeros(shape, dtype=torch.float64) if initial is None else initial.detach().cpu().double()
-    outputs, states = [], []
+    outputs: list[Tensor] = []
+    states: list[Tensor] = []
     for t in range(start, end):
         q = x[t, :keys].view(tokens.k_heads, -1)[k_head_of]
         k = x[t, keys : 2 * keys].view(tokens.k_heads, -1)[k_head_of]
@@ -101,7 +107,7 @@ def formula(tokens: Tokens, start: int, end: int, initial: Tensor | None) -> tup
         S = alpha[:, None, None] * S
         S = S + torch.einsum("hv,hk->hvk", beta[:, None] * (v - torch.einsum("hvk,hk->hv", S, k)), k)
         outputs.append(torch.einsum("hvk,hk->hv", S, q))
-        states.append(S)
+        states = [*states, S] if every_state else [S]
     if not outputs:
         return torch.zeros(0, *shape[:2], dtype=torch.float64), torch.zeros(0, *shape, dtype=torch.float64)
     return torch.stack(outputs), torch.stack(states)
@@ -111,7 +117,7 @@ def limit(rounded_to: torch.dtype, tokens: Tokens, backend: str | None, chunked:
     """Allowed error of something stored as `rounded_to`: float32 sums, one rounding, and on a GPU the dots' own."""
     error = 1e-5
     if chunked and tokens.device == "cuda" and backend != "reference":
-        error = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[tokens.mixed_qkv.dtype]
+        error = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}[tokens.mixed_qkv.dtype]
     if rounded_to is not torch.float32:
         error += tolerance(rounded_to, 1, backend or "reference", tokens.device)
     return error

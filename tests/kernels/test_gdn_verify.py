@@ -47,7 +47,7 @@ def check_verify(
     verify(tokens, state, rows, output_slots, out, backend, target if own_output_state else None)
     written = []
     for (start, end, slot), targets in running:
-        o, states = formula(tokens, start, end, before[slot])
+        o, states = formula(tokens, start, end, before[slot], every_state=True)
         assert_error(out[start:end], o, limit(out.dtype, tokens, backend), f"tokens {start}..{end}")
         for j in range(end - start):
             if targets[j] >= 0:
