@@ -32,15 +32,15 @@ class Progress:
 
     def update(self, detail: str, *, counts: bool = False) -> None:
         """Show `detail` beside the title. `counts`: it changes all the time, and need not be printed each time."""
+        line = " · ".join(part for part in (self.title, f"{self.seconds:.0f} s", detail) if part)
         if self.live:
             self._frame += 1
-            line = f"{FRAMES[self._frame % len(FRAMES)]} {self.title} · {self.seconds:.0f} s · {detail}"
-            self._write(f"\r\x1b[2K{line[:110]}")
+            self._write(f"\r\x1b[2K{FRAMES[self._frame % len(FRAMES)]} {line[:110]}")
             return
         waited = time.monotonic() - self._printed_at
         if waited > SECONDS_BETWEEN_PLAIN_LINES or (detail != self._detail and not counts):
             self._printed_at = time.monotonic()
-            self._write(f"  {self.title} · {self.seconds:.0f} s · {detail}\n")
+            self._write(f"  {line}\n")
         self._detail = detail
 
     def _write(self, text: str) -> None:
