@@ -1,0 +1,80 @@
+"""Compile the convolution's and the delta rule's kernels for an H200 (sm_90) on a machine without a GPU.
+
+The interpreter runs kernels as Python and so misses what only the compiler refuses. Run as a script, without
+TRITON_INTERPRET: launches are caught, and what would have been launched is compiled with ptxas instead. One line a
+kernel goes to stdout.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from qwen3next_plugin.kernels import conv, gdn
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
+ROWS = 4
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype).as_subclass(OnGpu)
+
+
+def compile_launch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False, **keywords: Any) -> None:
+    """Stands in for a launch: the signature a launch would have specialised on, compiled."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    values = dict(zip(self.arg_names, args, strict=False)) | keywords
+    for place, parameter in enumerate(self.params):
+        value = values.pop(parameter.name)
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+            continue
+        signature[parameter.name] = (
+            TYPES[value.dtype] if isinstance(value, Tensor) else "fp32" if isinstance(value, float) else "i32"
+        )
+        if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    kernel = triton.compile(ASTSource(self, signature, constants, attributes), GPUTarget("cuda", 90, 32), values)
+    print(f"{self.__name__} shared={kernel.metadata.shared} grid={grid}", flush=True)
+
+
+def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int) -> None:
+    """Call every operation once, with strided inputs as an engine gives them."""
+    k_heads, v_heads = heads
+    dim = 2 * k_heads * key_dim + v_heads * value_dim
+    rows = {"query_start": tensor(ROWS, dtype=torch.int32), "query_end": tensor(ROWS, dtype=torch.int32)}
+    slots = tensor(ROWS, 3, dtype=torch.int32)
+    has_state = tensor(ROWS, dtype=torch.bool)
+    x, out = tensor(tokens, dim + 64)[:, :dim], tensor(tokens, dim)
+    weight, conv_state = tensor(dim, 4), tensor(6, 5, dim).transpose(1, 2)
+    prefill = rows | {"state_slots": slots[:, 0], "has_initial_state": has_state}
+    conv.causal_conv1d_prefill(x, weight, None, conv_state, **prefill, out=out)
+    update = rows | {"state_slots": slots[:, 0], "num_accepted_tokens": slots[:, 1].contiguous(), "max_query_len": 3}
+    conv.causal_conv1d_update(x, weight, None, conv_state, **update, out=out)
+
+    gates = tensor(tokens, 2 * v_heads)
+    per_head = [tensor(v_heads, dtype=torch.float32) for _ in range(2)]
+    arguments = (out, gates[:, v_heads:], gates[:, :v_heads], *per_head)
+    ssm_state = tensor(6, v_heads, value_dim, key_dim, dtype=torch.float32)
+    shared = {"num_k_heads": k_heads, "out": tensor(tokens, v_heads, value_dim)}
+    gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, max_query_len=tokens)
+    gdn.gdn_decode(*arguments, ssm_state, **shared, **rows, state_slots=slots[:, 0])
+    verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
+    gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compile_launch
+    launch_all((16, 32), 128, 128, 1000)
