@@ -24,6 +24,16 @@ def quantizes_activations(rows: int, device: torch.device) -> bool:
     return rows >= MIN_ROWS and has_fp8_units(device)
 
 
+def require_fp8_units(device: torch.device) -> None:
+    """Raise ValueError for a GPU without FP8 conversions, where Triton would fail while compiling."""
+    if device.type == "cuda" and not has_fp8_units(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise ValueError(
+            f"FP8 weights need a GPU of compute capability 8.9 or later; {torch.cuda.get_device_name(device)} has "
+            f"{major}.{minor}: use the bf16 checkpoint there"
+        )
+
+
 def activation_text() -> str:
     """One phrase saying what the present GPU does, for the activation log line."""
     if torch.cuda.is_available() and has_fp8_units(torch.device("cuda", torch.cuda.current_device())):

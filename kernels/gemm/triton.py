@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
+from .policy import require_fp8_units
 from .reference import FP8, FP8_MAX, GROUP, block_size
 
 
@@ -191,6 +192,7 @@ def block_fp8_matmul(
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    require_fp8_units(x.device)
     scale_n, scale_k = block_size(weight, scale_inv)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     scale_inv = scale_inv.contiguous()
