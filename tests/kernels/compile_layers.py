@@ -1,0 +1,92 @@
+"""Compile the norm, rope, MoE and FP8 kernels for a Hopper GPU on a machine that has none.
+
+Run as a process of its own, without TRITON_INTERPRET. Triton is given a driver that only names its target, and every
+launch stops after compilation; the launches are those of the real model's sizes. Prints one JSON object: kernel name ->
+the most shared memory (bytes) one of its variants uses.
+"""
+
+import json
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from qwen3next_plugin.kernels.gemm import triton as gemm
+from qwen3next_plugin.kernels.moe import triton as moe
+from qwen3next_plugin.kernels.norm import triton as norm
+from qwen3next_plugin.kernels.rope import triton as rope
+
+SHARED: dict[str, int] = {}
+HIDDEN, INNER, EXPERTS, TOP_K = 2048, 512, 8, 2  # fewer experts than the model: their number is no compile-time value
+
+
+class NamesTargetOnly:
+    """The little of a Triton driver that compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_only(run: Any) -> Any:
+    """`JITFunction.run` without the launch, noting what was compiled."""
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        name = self.fn.__name__
+        SHARED[name] = max(SHARED.get(name, 0), kernel.metadata.shared)
+        return kernel
+
+    return compiled
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    """Every kernel but the experts'."""
+    x, weight = torch.zeros(8, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
+    norm.rms_norm(x, weight, 1e-6)
+    norm.add_rms_norm(x, x, weight, 1e-6)
+    heads = torch.zeros(8, 32 * 128 + 16, dtype=dtype)[:, 16:].view(8, 32, 128)
+    norm.rms_norm_gated(heads, heads, weight[:128], 1e-6)
+    qkv, positions = torch.zeros(8, 16 * 512 + 1024, dtype=dtype), torch.arange(8)
+    sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
+    rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)
+    rope.sigmoid_gate(x, x)
+    moe.route(torch.zeros(8, 512, dtype=dtype), 10, True)
+    moe.add_shared_expert(x, x, x, weight[None])
+    codes, scale = torch.zeros(1024, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(8, 16)
+    for rows in (8, 128):
+        for rounded in (False, True):
+            gemm.block_fp8_matmul(torch.zeros(rows, HIDDEN, dtype=dtype), codes, scale, rounded)
+
+
+def launch_experts(dtype: torch.dtype, tokens: int) -> None:
+    """The experts in `dtype`, with FP8 weights, and with FP8 activations too."""
+    x = torch.zeros(tokens, HIDDEN, dtype=dtype)
+    w13, w2 = torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, INNER, dtype=dtype)
+    router, ids = torch.zeros(tokens, TOP_K), torch.zeros(tokens, TOP_K, dtype=torch.int32)
+    moe.fused_moe(x, w13, w2, router, ids, None, None, False)
+    codes = w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)
+    for rounded in (False, True):
+        scales = torch.zeros(EXPERTS, 8, 16), torch.zeros(EXPERTS, 16, 4)
+        moe.fused_moe(x, *codes, router, ids, *scales, rounded)
+
+
+def main() -> None:
+    """Compile, then print the JSON object."""
+    driver.set_active(NamesTargetOnly())
+    JITFunction.run = compile_only(JITFunction.run)
+    launch_all(torch.bfloat16)
+    for tokens in (1, 1000):  # the first and the last row of the table of tile sizes
+        launch_experts(torch.bfloat16, tokens)
+    print(json.dumps(SHARED))
+
+
+if __name__ == "__main__":
+    main()
