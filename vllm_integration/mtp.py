@@ -18,6 +18,7 @@ from vllm.sequence import IntermediateTensors
 from qwen3next_plugin.config import LayerKind
 
 from .decoder import Qwen3NextDecoderLayer
+from .left_out import keep_accepted_tokens_of_left_out_requests
 from .loading import load_weights
 from .norm import ZeroCentredRMSNorm
 from .spec import cos_sin_table, spec_of
@@ -89,6 +90,7 @@ class Qwen3NextMTP(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        keep_accepted_tokens_of_left_out_requests()
         self.config = vllm_config.model_config.hf_config
         self.spec = spec_of(vllm_config)
         self.model = Qwen3NextPredictor(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "mtp"))
