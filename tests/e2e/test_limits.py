@@ -24,7 +24,7 @@ def served(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Pa
         yield server, checkpoint
 
 
-@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT - 2, CONTEXT - 40, 159, 160, 161])
+@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT - 2, 161, 160, 159])
 def test_an_answer_may_fill_the_context(served: tuple[Server, Path], length: int) -> None:
     server, checkpoint = served
     prompt = random_prompt(length, length)
@@ -36,8 +36,9 @@ def test_an_answer_may_fill_the_context(served: tuple[Server, Path], length: int
 
 def test_a_token_more_is_refused(served: tuple[Server, Path]) -> None:
     server, _ = served
-    with pytest.raises(openai.BadRequestError, match=str(CONTEXT)):
-        complete(server, random_prompt(1, CONTEXT), 2)
+    for length in (CONTEXT, CONTEXT + 1):
+        with pytest.raises(openai.BadRequestError):
+            complete(server, random_prompt(1, length), 2)
     server.assert_alive()
 
 
