@@ -51,4 +51,4 @@ def keep_accepted_tokens_of_left_out_requests() -> None:
         return result
 
     setattr(update_states, _MARK, True)
-    GPUModelRunner._update_states = update_states  # type: ignore[method-assign]
+    GPUModelRunner._update_states = update_states
