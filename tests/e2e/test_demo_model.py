@@ -75,7 +75,7 @@ def converse(served: Served, story: list[str]) -> int:
 def test_eight_conversations_at_once_answer_as_the_oracle(served: Served) -> None:
     with ThreadPoolExecutor(8) as pool:
         cached = sum(pool.map(lambda story: converse(served, story), STORIES))
-    assert cached >= 0
+    assert served.cache or cached == 0
 
 
 def test_it_remembers_what_it_was_told(served: Served) -> None:
@@ -114,7 +114,9 @@ def test_long_conversations_start_from_the_cache(served: Served) -> None:
 
 
 def test_more_than_half_of_the_drafts_are_kept(served: Served) -> None:
-    """Over everything that was asked above."""
+    """Over these conversations and everything that was asked before."""
+    for story in STORIES[:4]:
+        converse(served, story)
     drafted, accepted = served.server.acceptance()
     assert drafted > 100
     assert accepted / drafted > 0.5

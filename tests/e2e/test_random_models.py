@@ -81,7 +81,7 @@ def test_eight_at_once_answer_as_alone(served: Served) -> None:
 
 def test_a_conversation_goes_on_from_the_cache(served: Served) -> None:
     """Every turn is the last one and its answer and a new question; generated twice, so that a hit follows a hit."""
-    prompt = random_prompt(7, 100)
+    prompt = random_prompt(7, 200)  # with drafts vLLM leaves out the last full block, which may have 64 tokens
     cached = 0
     for turn in range(4):
         found = complete(served.server, prompt, 50)
@@ -141,6 +141,7 @@ def test_chat_and_streaming(served: Served) -> None:
 
 
 def test_nothing_died(served: Served) -> None:
+    complete(served.server, random_prompt(17, 20), 10)
     served.server.assert_alive()
     assert "Traceback" not in served.server.log
     drafted, _ = served.server.acceptance()
