@@ -80,10 +80,10 @@ def _prefill_kernel(
             w = tl.load(weight + d * weight_dim + tap * weight_tap, mask=in_dim, other=0.0).to(tl.float32)
             column = (t + tap).to(tl.int64)
             before = column < WIDTH - 1
-            value = tl.load(
+            kept = tl.load(
                 state_row[None, :] + column[:, None] * state_column, mask=before[:, None] & in_dim[None, :], other=0.0
             )
-            y += value.to(tl.float32) * w[None, :]
+            y += kept.to(tl.float32) * w[None, :]
     y = _activate(y, SILU)
     tl.store(
         out + (start + t)[:, None] * out_token + d[None, :] * out_dim,

@@ -241,14 +241,16 @@ def gdn_prefill(
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.gdn.gdn_prefill`; arguments are checked there.
 
-    Matrix products take bfloat16 on a GPU for bfloat16 tokens, else float32 (as TF32 for float16, which it holds
-    exactly; split in three for float32).
+    Matrix products take bfloat16 on a GPU for bfloat16 tokens of whole tiles, else float32 (as TF32 for float16, which
+    it holds exactly; split in three for the others).
     """
     a, b, A_log, dt_bias = gates
     tokens = mixed_qkv.shape[0]
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows = query_start.shape[0]
-    narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16
+    # Heads of 32 and 128 were right on an H200; with K = 16 and V = 8 bfloat16 products came out wrong there
+    # (Triton 3.6), so sizes that are no multiples of 32 take the float32 ones.
+    narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and key_dim % 32 == 0 and value_dim % 32 == 0
     dot = torch.bfloat16 if narrow else torch.float32
 
     def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:

@@ -88,7 +88,9 @@ def test_matmul(sizes: tuple[int, int, int], rounded: bool, dtype: torch.dtype, 
     actual = gemm.block_fp8_matmul(x, weight, scale, quantize_activations=rounded, backend=backend)
     values = dequantize_tokens(*gemm.quantize_tokens(x, backend=backend), torch.float64) if rounded else x.double()
     expected = values @ gemm.dequantize_block(weight, scale, torch.float64).T
-    assert_close(actual, expected, tolerance(dtype, 2, backend, device))
+    # A Hopper's FP8 units keep fewer bits of a sum than float32 does.
+    sums = 5e-4 if rounded and device == "cuda" and backend == "triton" else 0.0
+    assert_close(actual, expected, max(tolerance(dtype, 2, backend, device), sums))
     assert_repeatable(lambda: gemm.block_fp8_matmul(x, weight, scale, quantize_activations=rounded, backend=backend))
 
 
