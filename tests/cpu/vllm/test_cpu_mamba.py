@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from qwen3next_plugin.errors import DriftError
-from qwen3next_plugin.vllm_integration import cpu_mamba
 from vllm.model_executor.layers.mamba import mamba_utils as layout_utils
 from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec, get_temporal_copy_spec
 from vllm.triton_utils.dispatcher import KernelOverride
@@ -26,6 +24,9 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker import mamba_utils
+
+from qwen3next_plugin.errors import DriftError
+from qwen3next_plugin.vllm_integration import cpu_mamba
 
 WIDTH, CHANNELS, STATE = 4, 6, (2, 3, 5)
 GDN = MambaAttentionBackendEnum.GDN_ATTN
