@@ -12,11 +12,15 @@ SECONDS_TO_LEAVE = 20.0
 
 
 def stop_on_termination() -> None:
-    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that children are stopped."""
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that children are stopped.
+
+    Ctrl-C itself is set too: what a shell starts in the background begins with SIGINT ignored, children included.
+    """
 
     def unwind(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
+    signal.signal(signal.SIGINT, unwind)
     signal.signal(signal.SIGTERM, unwind)
     signal.signal(signal.SIGHUP, unwind)
 
