@@ -57,7 +57,6 @@ class _GraphBuffers:
         def rows(*shape: int) -> torch.Tensor:
             return torch.zeros(max_rows, *shape, dtype=torch.int32, device=device)
 
-        self.max_rows = max_rows
         self.query_start, self.query_end = rows(), rows()
         self.conv_slots, self.initial_slots, self.output_slots = rows(), rows(), rows(num_slots)
         self.num_accepted_tokens = rows()
@@ -103,8 +102,11 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=self.num_spec > 0)
         self.cache_mode = vllm_config.cache_config.mamba_cache_mode
         self.graph_buffers: _GraphBuffers | None = None
-        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-            max_rows = vllm_config.scheduler_config.max_num_seqs
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            # Padding to a captured size can exceed the requests that may run; a row beyond the buffers would replay
+            # what was captured, so there is room for both.
+            max_rows = max(vllm_config.scheduler_config.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
             self.graph_buffers = _GraphBuffers(max_rows, 1 + self.num_spec, device)
 
     def build(
@@ -129,7 +131,7 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
 
         if num_recurrent == m.num_reqs:
             rows = self._recurrent(m, slots, slice(None), num_accepted_tokens)
-            if self.graph_buffers is not None and m.num_reqs <= self.graph_buffers.max_rows:
+            if self.graph_buffers is not None:
                 rows = self.graph_buffers.hold(rows)
             return Qwen3NextGdnMetadata(prefill=None, recurrent=rows)
 

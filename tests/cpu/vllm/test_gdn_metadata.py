@@ -19,7 +19,9 @@ def make_builder(drafts: int = 0, mode: str = "none", graphs: bool = False) -> Q
     config: Any = SimpleNamespace(
         speculative_config=speculative,
         cache_config=SimpleNamespace(mamba_cache_mode=mode),
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL if graphs else CUDAGraphMode.NONE),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL if graphs else CUDAGraphMode.NONE, max_cudagraph_capture_size=8
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         use_v2_model_runner=False,
