@@ -6,6 +6,8 @@ leave it nowhere to hide.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,16 @@ def test_a_request_left_out_of_a_step_keeps_its_state(random_checkpoint: Callabl
     result = run_inside(Job(str(checkpoint), arguments, [asks(golden)]))
     assert result.skipped_steps > 0
     assert_answers(result, golden)
+
+
+def test_a_config_that_does_not_mention_its_mtp_layer(random_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """As the published config.json: no num_nextn_predict_layers, though the checkpoint has the layer."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint("ratio2"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["num_nextn_predict_layers"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    golden = golden_prompts(checkpoint, (40, 7), 20)
+    result = run_inside(Job(str(checkpoint), engine(num_drafts=2), [asks(golden)]))
+    assert_answers(result, golden)
+    assert max(result.accepted) > 1
