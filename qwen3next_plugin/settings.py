@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, cast
 
 from .errors import SettingsError
+from .rope_request import RopeShortcut, parse_shortcut
 
 PREFIX = "QWEN3NEXT_"
 
@@ -34,6 +35,16 @@ class Settings:
             "values": {"auto": "auto", "triton": "triton", "reference": "reference"},
             "help": "auto takes Triton on a GPU and plain torch on a CPU; triton or reference force one of them "
             "(triton on a CPU needs TRITON_INTERPRET=1). Default auto.",
+        },
+    )
+    rope: RopeShortcut | None = field(
+        default=None,
+        metadata={
+            "variable": "QWEN3NEXT_ROPE",
+            "values": ("yarn:FACTOR", "yarn:FACTOR:ORIGINAL_LENGTH"),
+            "parse": parse_shortcut,
+            "help": "YaRN for contexts FACTOR times as long as the checkpoint was trained on; yarn:4 makes 262144 "
+            "tokens a million. Default: as config.json and the engine's overrides say.",
         },
     )
 
@@ -67,13 +78,20 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         text = given.pop(variable, None)
         if text is None:
             continue
+        if "parse" in setting.metadata:
+            values[setting.name] = setting.metadata["parse"](text)
+            continue
         if text not in allowed:
             raise SettingsError(f"{variable} is {text!r}: use one of {', '.join(allowed)}.")
         values[setting.name] = allowed[text]
     if given:
         known = ", ".join(setting.metadata["variable"] for setting in fields(Settings))
         raise SettingsError(f"{min(given)} is not a setting of qwen3next-plugin: it reads {known}.")
-    return Settings(enabled=bool(values.get("enabled", True)), kernels=cast(Kernels, values.get("kernels", "auto")))
+    return Settings(
+        enabled=bool(values.get("enabled", True)),
+        kernels=cast(Kernels, values.get("kernels", "auto")),
+        rope=cast(RopeShortcut | None, values.get("rope")),
+    )
 
 
 def settings_help() -> str:

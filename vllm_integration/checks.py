@@ -16,6 +16,13 @@ from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
 from .refusal import refuse
+from .rope import (
+    check_max_model_len,
+    check_overrides_agree,
+    check_rope_override,
+    record_checkpoint_rope,
+    share_rope_with_drafter,
+)
 from .spec import spec_of
 
 MODEL_TYPE = "qwen3_next"
@@ -31,12 +38,16 @@ class CheckedConfigParser(HFConfigParser):
         self, model: str | Path, trust_remote_code: bool, revision: str | None = None, *args: Any, **kwargs: Any
     ) -> tuple[dict, PreTrainedConfig]:
         raw, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-        if raw.get("model_type") == MODEL_TYPE:
-            try:
-                parse_config(raw)
-            except PluginError as error:
-                refuse(error)
-        return super().parse(model, trust_remote_code, revision, *args, **kwargs)
+        if raw.get("model_type") != MODEL_TYPE:
+            return super().parse(model, trust_remote_code, revision, *args, **kwargs)
+        try:
+            parse_config(raw)
+            check_rope_override(kwargs.get("hf_overrides"))
+        except PluginError as error:
+            refuse(error)
+        config_dict, hf_config = super().parse(model, trust_remote_code, revision, *args, **kwargs)
+        record_checkpoint_rope(hf_config, raw)
+        return config_dict, hf_config
 
 
 class CheckedCheckpoint(VerifyAndUpdateConfig):
@@ -46,7 +57,10 @@ class CheckedCheckpoint(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         directory = Path(vllm_config.model_config.model)
         try:
+            check_overrides_agree(vllm_config.model_config)
             spec = spec_of(vllm_config)
+            check_max_model_len(vllm_config, spec)
+            share_rope_with_drafter(vllm_config)
             check_tensor_parallel(spec, vllm_config.parallel_config.tensor_parallel_size)
             if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "hf", "safetensors"):
                 check_checkpoint(directory, spec)

@@ -18,6 +18,8 @@ RELIANCES = [
         ("model_executor.models.config.MODELS_CONFIG_MAP", "to check the checkpoint before anything starts"),
         ("transformers_utils.config._CONFIG_FORMAT_TO_CONFIG_PARSER", "to check config.json as it was written"),
         ("transformers_utils.config.HFConfigParser.parse", "to read config.json as vLLM does"),
+        ("config.model.MODEL_ARCH_CONFIG_CONVERTORS", "to complete the rope before the context length is derived"),
+        ("transformers_utils.model_arch_config_convertor.ModelArchConfigConvertorBase.convert", "to complete the rope"),
         ("config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
         ("utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
         ("compilation.breakable_cudagraph.eager_break_during_capture", "to keep the core out of segmented CUDA graphs"),
@@ -42,12 +44,14 @@ def activate(settings: Settings) -> None:
     check_reliances(RELIANCES)
 
     from vllm.config import CompilationConfig
+    from vllm.config.model import MODEL_ARCH_CONFIG_CONVERTORS
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.transformers_utils import config as config_parsers
 
-    from .checks import CheckedCheckpoint, CheckedConfigParser
+    from .checks import MODEL_TYPE, CheckedCheckpoint, CheckedConfigParser
+    from .rope import RopeCompletingConvertor
 
     settings.check_device(current_platform.device_type)
     prefer(settings.backend)
@@ -57,6 +61,7 @@ def activate(settings: Settings) -> None:
     ModelRegistry.register_model("Qwen3NextMTP", f"{PACKAGE}.mtp:Qwen3NextMTP")
     MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = CheckedCheckpoint
     config_parsers._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CheckedConfigParser
+    MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = RopeCompletingConvertor
     gdn_core = "vllm::qwen3next_plugin_gdn_core"
     if gdn_core not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(gdn_core)

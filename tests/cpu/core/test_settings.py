@@ -5,7 +5,10 @@ import torch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.rope_request import RopeShortcut
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
+
+WRONG_SHORTCUTS = ("4", "yarn", "yarn:", "yarn:0.5", "yarn:-4", "yarn:1e3", "yarn:4:", "yarn:4:0", "linear:4", "YARN:4")
 
 
 def test_defaults_and_every_value() -> None:
@@ -15,6 +18,8 @@ def test_defaults_and_every_value() -> None:
     for kernels, backend in (("auto", None), ("triton", "triton"), ("reference", "reference")):
         found = read_settings({"QWEN3NEXT_KERNELS": kernels})
         assert (found.enabled, found.kernels, found.backend) == (True, kernels, backend)
+    assert read_settings({"QWEN3NEXT_ROPE": "yarn:4"}).rope == RopeShortcut(4.0)
+    assert read_settings({"QWEN3NEXT_ROPE": "yarn:2.5:262144"}).rope == RopeShortcut(2.5, 262144)
 
 
 def test_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +37,7 @@ def test_the_kill_switch_wins_over_everything() -> None:
         ({"QWEN3NEXT_PLUGIN": "off"}, ("QWEN3NEXT_PLUGIN is 'off'", "one of 1, 0")),
         ({"QWEN3NEXT_KERNELS": "cuda"}, ("QWEN3NEXT_KERNELS is 'cuda'", "auto, triton, reference")),
         ({"QWEN3NEXT_KERNEL": "triton"}, ("QWEN3NEXT_KERNEL is not a setting", "QWEN3NEXT_PLUGIN, QWEN3NEXT_KERNELS")),
+        *(({"QWEN3NEXT_ROPE": text}, (f"QWEN3NEXT_ROPE is {text!r}", "yarn:4")) for text in WRONG_SHORTCUTS),
     ],
 )
 def test_what_means_nothing_is_refused_with_what_would(environment: dict[str, str], parts: tuple[str, ...]) -> None:
@@ -70,4 +76,4 @@ def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
-    assert [line.split("=")[0] for line in lines] == ["QWEN3NEXT_PLUGIN", "QWEN3NEXT_KERNELS"]
+    assert [line.split("=")[0] for line in lines] == ["QWEN3NEXT_PLUGIN", "QWEN3NEXT_KERNELS", "QWEN3NEXT_ROPE"]
