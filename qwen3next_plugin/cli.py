@@ -8,6 +8,7 @@ import typer
 
 from .activation import DISTRIBUTION, plugin_version
 from .demo.command import demo_checkpoint
+from .doctor.command import doctor
 from .errors import ConfigError, PluginError, WeightError
 from .settings import settings_help
 
@@ -50,6 +51,7 @@ def _options(
 
 
 app.command("demo-checkpoint")(demo_checkpoint)
+app.command()(doctor)
 
 
 @app.command()

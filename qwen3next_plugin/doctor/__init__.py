@@ -1,0 +1,1 @@
+"""``qwen3next doctor``: what an installation lacks, found out without starting an engine."""

@@ -1,0 +1,84 @@
+"""Findings about activity: what each engine would really serve, and with which settings."""
+
+import json
+from collections.abc import Iterator
+
+from qwen3next_plugin.errors import PluginError
+from qwen3next_plugin.settings import read_settings
+
+from .finding import Finding, error, ok, refusal, warning
+from .packages import engine_version
+from .surroundings import Surroundings
+
+INQUIRY = "qwen3next_plugin.vllm_integration.inquiry"
+# Importing vLLM takes 10 s on a quiet machine, and minutes from a cold network disk.
+TIMEOUT = 300.0
+
+
+def settings(s: Surroundings) -> Iterator[Finding]:
+    """The QWEN3NEXT_* variables, read as an engine process reads them."""
+    try:
+        chosen = read_settings(s.environ)
+    except PluginError as refused:
+        yield refusal("settings", str(refused))
+        return
+    if not chosen.enabled:
+        found = "QWEN3NEXT_PLUGIN=0: the kill switch is set, and engines serve their own model"
+        yield warning("settings", found, "unset QWEN3NEXT_PLUGIN")
+        return
+    interpreted = s.environ.get("TRITON_INTERPRET") == "1"
+    if chosen.kernels == "triton" and not s.has_gpu and not interpreted:
+        yield error("settings", "QWEN3NEXT_KERNELS is triton and there is no NVIDIA GPU", "use auto or reference")
+    if interpreted:
+        found = "TRITON_INTERPRET=1: every Triton kernel runs in the interpreter, thousands of times slower"
+        yield warning("settings", found, "unset TRITON_INTERPRET")
+    yield ok("settings", f"kernels={chosen.kernels}")
+
+
+def vllm_activity(s: Surroundings) -> Iterator[Finding]:
+    """Which class vLLM would serve, asked of vLLM in a process of its own."""
+    version = engine_version(s, "vllm")
+    if version is None:
+        return
+    # -P: no folder of the caller's comes first, as for the `vllm` command.
+    outcome = s.run([s.python, "-P", "-m", INQUIRY], TIMEOUT)
+    answer = _answer(outcome.stdout)
+    found, kind = answer.get("found", ""), answer.get("kind")
+    if kind == "active":
+        yield ok("vllm", f"{version} is active: Qwen3NextForCausalLM is {found}")
+    elif kind == "refused":
+        yield refusal("vllm", found)
+    elif kind == "stock" and s.environ.get("QWEN3NEXT_PLUGIN") == "0":
+        yield warning("vllm", f"{version} is stock: Qwen3NextForCausalLM is {found}", "unset QWEN3NEXT_PLUGIN")
+    elif kind == "stock":
+        why = _last_error(outcome.stderr + outcome.stdout)
+        found = f"{version} is stock: Qwen3NextForCausalLM is {found}" + (f" ({why})" if why else "")
+        yield error("vllm", found, "see the entry point findings above, and what vLLM logs at its start")
+    else:
+        why = found or _last_error(outcome.stderr) or f"its process ended with {outcome.returncode}"
+        remedy = "if QWEN3NEXT_PLUGIN=0 does not change it, install vLLM again in a fresh environment"
+        yield error("vllm", f"{version} cannot load its model classes: {why}", remedy)
+
+
+def _answer(stdout: str) -> dict[str, str]:
+    for line in reversed(stdout.splitlines()):
+        if line.startswith(INQUIRY):
+            answer = json.loads(line.removeprefix(INQUIRY))
+            return answer if isinstance(answer, dict) else {}
+    return {}
+
+
+def _last_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+
+
+def sglang_activity(s: Surroundings) -> Iterator[Finding]:
+    """SGLang gets a notice from this version, not a model."""
+    version = engine_version(s, "sglang")
+    if version is not None:
+        yield warning(
+            "sglang",
+            f"{version} is stock: this version of the plugin does not take over Qwen3-Next in SGLang",
+            "serve with vLLM 0.32 to use the plugin",
+        )
