@@ -4,11 +4,15 @@ Angles reach position * 1 radian, so float32 angles at position 262144 are wrong
 are not, and cost nothing since the table is built once.
 """
 
-import math
+from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING
 
 from .spec import RopeSpec
+
+if TYPE_CHECKING:  # settings need `attention_factor`, and the command line must not wait for torch
+    import torch
 
 _ROWS_AT_A_TIME = 65536
 
@@ -21,6 +25,8 @@ def inverse_frequencies(rope: RopeSpec, rotary_dim: int) -> torch.Tensor:
     those that turn less than ``beta_slow`` times are slowed by ``factor``, and a linear ramp joins the two.
     Raises ValueError for another ``rope_type``, or for YaRN without its factor and original context.
     """
+    import torch
+
     pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")
     plain = rope.theta ** (-pairs / rotary_dim)
     if rope.rope_type == "default":
@@ -61,6 +67,8 @@ def build_cos_sin(
     Returns float32 [num_positions, rotary_dim] on ``device``: the first half of a row is cos of each pair's angle,
     the second half sin.
     """
+    import torch
+
     frequencies = inverse_frequencies(rope, rotary_dim).to(device or "cpu")
     scale = attention_factor(rope)
     half = rotary_dim // 2

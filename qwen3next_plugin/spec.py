@@ -3,10 +3,14 @@
 All sizes are counts of elements, heads, layers or tokens; nothing here knows about an engine or a device.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # settings import this, and the command line must not wait for torch
+    import torch
 
 
 class LayerKind(StrEnum):
