@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from qwen3next_plugin.errors import PluginError
-from qwen3next_plugin.settings import read_settings
+from qwen3next_plugin.settings import PREFIX, read_settings
 
 from .finding import Finding, error, ok, refusal, warning
 from .packages import engine_version
@@ -32,7 +32,8 @@ def settings(s: Surroundings) -> Iterator[Finding]:
     if interpreted:
         found = "TRITON_INTERPRET=1: every Triton kernel runs in the interpreter, thousands of times slower"
         yield warning("settings", found, "unset TRITON_INTERPRET")
-    yield ok("settings", f"kernels={chosen.kernels}")
+    given = [f"{name}={value}" for name, value in sorted(s.environ.items()) if name.startswith(PREFIX)]
+    yield ok("settings", ", ".join(given) or "all at their defaults")
 
 
 def vllm_activity(s: Surroundings) -> Iterator[Finding]:
@@ -51,11 +52,16 @@ def vllm_activity(s: Surroundings) -> Iterator[Finding]:
     elif kind == "stock" and s.environ.get("QWEN3NEXT_PLUGIN") == "0":
         yield warning("vllm", f"{version} is stock: Qwen3NextForCausalLM is {found}", "unset QWEN3NEXT_PLUGIN")
     elif kind == "stock":
-        why = _last_error(outcome.stderr + outcome.stdout)
+        why = _logged_error(outcome.stderr + outcome.stdout)
         found = f"{version} is stock: Qwen3NextForCausalLM is {found}" + (f" ({why})" if why else "")
         yield error("vllm", found, "see the entry point findings above, and what vLLM logs at its start")
     else:
-        why = found or _last_error(outcome.stderr) or f"its process ended with {outcome.returncode}"
+        why = (
+            found
+            or _logged_error(outcome.stderr)
+            or outcome.stderr.strip()
+            or f"its process ended with {outcome.returncode}"
+        )
         remedy = "if QWEN3NEXT_PLUGIN=0 does not change it, install vLLM again in a fresh environment"
         yield error("vllm", f"{version} cannot load its model classes: {why}", remedy)
 
@@ -68,9 +74,9 @@ def _answer(stdout: str) -> dict[str, str]:
     return {}
 
 
-def _last_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")
+def _logged_error(text: str) -> str:
+    """The last line that names an exception; vLLM logs one if a plugin cannot be imported, and goes on without it."""
+    return next((line.strip() for line in reversed(text.splitlines()) if "Error: " in line), "")
 
 
 def sglang_activity(s: Surroundings) -> Iterator[Finding]:

@@ -1,8 +1,9 @@
 """An environment made of files: package metadata, programs and folders that the doctor is shown instead of ours."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from qwen3next_plugin.doctor.checks import examine
 from qwen3next_plugin.doctor.engines import INQUIRY
@@ -86,8 +87,8 @@ class Place:
         """The interpreter that the doctor asks: one script for the engine, one for `qwen3next check`."""
         self.program("python", f'if [ "$2" = -m ]; then\n{on_vllm}\nelse\n{on_check}\nfi')
 
-    def vllm_says(self, kind: str, found: str) -> None:
-        self.python(f"echo '{INQUIRY} {json.dumps({'kind': kind, 'found': found})}'")
+    def vllm_says(self, kind: str, found: str, log: str = "INFO nothing") -> None:
+        self.python(f"echo '{log}' >&2; echo '{INQUIRY} {json.dumps({'kind': kind, 'found': found})}'")
 
     def check_says(self, sentence: str, code: int = 0) -> None:
         self.python("exit 9", f"echo '{sentence}' >&{2 if code else 1}; exit {code}")
@@ -118,3 +119,33 @@ class Place:
 
     def findings(self) -> list[Finding]:
         return list(examine(self.surroundings()))
+
+
+Breaks = Callable[[Place], object]
+
+
+class Case(NamedTuple):
+    """``found`` and ``remedy`` are words of the finding that ``breaks`` has to bring about."""
+
+    breaks: Breaks
+    level: str
+    check: str
+    found: str
+    remedy: str
+
+
+def both(first: Breaks, second: Breaks) -> Breaks:
+    """One after the other."""
+
+    def breaks(place: Place) -> None:
+        first(place)
+        second(place)
+
+    return breaks
+
+
+def with_sglang(place: Place, version: str = "0.5.20") -> None:
+    """SGLang with all that it needs."""
+    place.install("sglang", version)
+    for name in ("sgl_kernel", "dill", "jsonschema"):
+        place.module(name)

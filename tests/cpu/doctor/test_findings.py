@@ -7,8 +7,10 @@ import pytest
 from qwen3next_plugin.doctor.checks import CHECKS, examine
 from qwen3next_plugin.doctor.finding import Level
 from qwen3next_plugin.doctor.surroundings import Surroundings
-from tests.cpu.doctor.cases import CASES
+from tests.cpu.doctor import cases_installed, cases_serving
 from tests.cpu.doctor.places import GPU, Place
+
+CASES = cases_installed.CASES | cases_serving.CASES
 
 
 @pytest.fixture

