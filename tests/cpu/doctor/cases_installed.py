@@ -1,4 +1,4 @@
-"""What can be wrong with packages and the machine: how to bring it about, and what the doctor has to say."""
+"""What can be wrong with packages and the machine: how to bring it about, and what is to be said."""
 
 from tests.cpu.doctor.places import GPU, Case, Place, both, with_sglang
 

@@ -1,4 +1,4 @@
-"""What can be wrong with settings, names, engines and checkpoints: how to bring it about, what the doctor has to say."""
+"""What can be wrong with settings, names, engines and checkpoints: how to bring it about, and what is to be said."""
 
 import json
 
