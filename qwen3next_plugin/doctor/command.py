@@ -61,7 +61,9 @@ def as_line(finding: Finding) -> str:
 
 def as_table(findings: list[Finding]) -> Table:
     """For a terminal: one row a finding."""
-    table = Table("", "check", "found", "remedy", header_style="bold")
+    table = Table("", "check", header_style="bold")
+    for title in ("found", "remedy"):
+        table.add_column(title, overflow="fold")  # a path or a command is copied from here: never cut it
     for finding in findings:
         level = Text(finding.level.value, style=_STYLES[finding.level])
         table.add_row(level, Text(finding.check), Text(finding.found), Text(finding.remedy))

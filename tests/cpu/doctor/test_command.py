@@ -1,5 +1,6 @@
 """`qwen3next doctor` as a user or a program runs it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from qwen3next_plugin import cli
@@ -39,7 +41,12 @@ def test_exit_code_and_lines(as_json: bool, tmp_path: Path, monkeypatch: pytest.
 
 def test_one_line_whatever_is_in_it() -> None:
     assert command.as_line(error("x", "two\nlines", "do\nthis")) == "error   x: two lines -> do this"
-    assert command.as_table([ok("x", "[red]not markup"), error("y", "z", "w")]).row_count == 2
+
+
+def test_a_narrow_terminal_cuts_nothing_off() -> None:
+    shown = io.StringIO()
+    Console(file=shown, width=60).print(command.as_table([ok("x", "[red]no markup"), error("y", "z", "w" * 200)]))
+    assert shown.getvalue().count("w") == 200 and "[red]" in shown.getvalue()
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="asks the real vLLM")
