@@ -84,3 +84,16 @@ def test_a_drifted_dependency(random_checkpoint: Callable[[str], Path], tmp_path
 def test_an_unknown_switch(random_checkpoint: Callable[[str], Path]) -> None:
     ended = run_until_exit(random_checkpoint("tiny"), *flags(), env={"QWEN3NEXT_PLUGINS": "0"}, seconds=600)
     assert_refused(ended, "QWEN3NEXT_PLUGINS", "QWEN3NEXT_PLUGIN")
+
+
+def test_a_context_that_yarn_does_not_cover(random_checkpoint: Callable[[str], Path]) -> None:
+    overrides = json.dumps({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    arguments = [*flags(max_model_len=20000), "--hf-overrides", overrides]
+    ended = run_until_exit(random_checkpoint("tiny"), *arguments, seconds=600)
+    assert_refused(ended, "--max-model-len is 20000", "covers 16384", '"factor": 5.0')
+
+
+def test_a_rope_of_another_model(random_checkpoint: Callable[[str], Path]) -> None:
+    overrides = json.dumps({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}})
+    ended = run_until_exit(random_checkpoint("tiny"), *flags(), "--hf-overrides", overrides, seconds=600)
+    assert_refused(ended, "rope_theta is 10000", '"rope_theta": 10000000.0')
