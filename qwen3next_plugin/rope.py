@@ -7,6 +7,7 @@ are not, and cost nothing since the table is built once.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .spec import RopeSpec
@@ -80,3 +81,9 @@ def build_cos_sin(
         table[start:stop, :half] = angles.cos() * scale
         table[start:stop, half:] = angles.sin() * scale
     return table
+
+
+@lru_cache(maxsize=2)
+def shared_cos_sin(rope: RopeSpec, rotary_dim: int, num_positions: int, device: str) -> torch.Tensor:
+    """`build_cos_sin` once a process: the model's layers and its drafter's look into one table."""
+    return build_cos_sin(rope, rotary_dim, num_positions, device)

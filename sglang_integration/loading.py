@@ -1,0 +1,21 @@
+"""Checkpoint tensors into SGLang's parameters; names, layouts and completeness are decided in the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from torch import nn
+
+from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.weights_loading import load_parameters
+from qwen3next_plugin.weights_map import Scope
+
+
+def load_weights(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], spec: Qwen3NextSpec, scope: Scope
+) -> set[str]:
+    """Loads the checkpoint's decoder ("model"), or its MTP layer with the embedding and head that it shares ("mtp")."""
+    parameters = dict(model.named_parameters())
+    return load_parameters(parameters, weights, spec, scope, default_loader=default_weight_loader)
