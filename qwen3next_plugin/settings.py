@@ -6,6 +6,7 @@ Engines start their workers as processes that inherit the environment, so a vari
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, cast
 
 from .errors import SettingsError
@@ -45,6 +46,25 @@ class Settings:
             "parse": parse_shortcut,
             "help": "YaRN for contexts FACTOR times as long as the checkpoint was trained on; yarn:4 makes 262144 "
             "tokens a million. Default: as config.json and the engine's overrides say.",
+        },
+    )
+    record: Path | None = field(
+        default=None,
+        metadata={
+            "variable": "QWEN3NEXT_RECORD",
+            "values": ("DIR",),
+            "parse": Path,
+            "help": "Engine processes write the time of every step and what they made of their flags to files below "
+            "DIR, stock ones (QWEN3NEXT_PLUGIN=0) too; `qwen3next bench` sets it. Default: nothing is written.",
+        },
+    )
+    record_experts: bool = field(
+        default=False,
+        metadata={
+            "variable": "QWEN3NEXT_RECORD_EXPERTS",
+            "values": {"1": True, "0": False},
+            "help": "With QWEN3NEXT_RECORD, 1 also counts the distinct experts of every pass; slow, and blind to "
+            "layers in graphs: start the engine without. Default 0.",
         },
     )
 
@@ -91,6 +111,8 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         enabled=bool(values.get("enabled", True)),
         kernels=cast(Kernels, values.get("kernels", "auto")),
         rope=cast(RopeShortcut | None, values.get("rope")),
+        record=cast(Path | None, values.get("record")),
+        record_experts=bool(values.get("record_experts", False)),
     )
 
 

@@ -2,13 +2,18 @@
 
 
 def register() -> None:
-    """Called by vLLM in every process, possibly more than once. Does nothing when QWEN3NEXT_PLUGIN=0."""
+    """Called by vLLM in every process, possibly more than once.
+
+    With QWEN3NEXT_PLUGIN=0 it leaves models and kernels alone; what measures stock vLLM beside ours is there all the same.
+    """
     from qwen3next_plugin.errors import PluginError
     from qwen3next_plugin.settings import read_settings
 
+    from .measuring import offer
     from .refusal import refuse
 
     try:
+        offer()
         settings = read_settings()
         if not settings.enabled:
             return

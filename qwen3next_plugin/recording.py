@@ -1,0 +1,89 @@
+"""What an engine did, written by its own processes while they work: the clock of `qwen3next bench`.
+
+`QWEN3NEXT_RECORD=DIR` turns it on for stock and plugin alike. Every engine process writes files of its own below DIR:
+
+- ``steps-PID.txt``, a line a step: ``time requests tokens most``, the moment the step's tokens were on the host
+  (nanoseconds of `time.perf_counter_ns`, which processes of one machine share), requests in the step, tokens they had
+  computed, and the most tokens of one request. ``most`` is 1 (or 1 + drafts) exactly when nobody's prompt was computed;
+- ``experts-PID.txt``, only with ``QWEN3NEXT_RECORD_EXPERTS=1`` (which wants an engine without graphs or compilation), a
+  line a forward pass: ``tokens distinct ...``, the number of distinct experts that the pass touched in each layer;
+- ``facts-PID.json``: what the engine made of its flags.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+_ROUTER = ".mlp.gate"
+
+
+class Recorder:
+    """Appends to this process's files below ``directory``, which is made if it is not there."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._files: dict[str, TextIO] = {}
+        self._facts: dict[str, Any] = {}
+
+    def step(self, requests: int, tokens: int, most: int) -> None:
+        """One step's tokens have arrived."""
+        print(time.perf_counter_ns(), requests, tokens, most, file=self._file("steps"))
+
+    def facts(self, **facts: Any) -> None:
+        """Adds to what is known of the engine; values that JSON has no word for are written as text."""
+        self._facts |= facts
+        path = self.directory / f"facts-{os.getpid()}.json"
+        path.write_text(json.dumps(self._facts, indent=1, default=str), encoding="utf-8")
+
+    def watch_routers(self, model: nn.Module, top_k: int) -> None:
+        """Counts the distinct experts of every forward pass of the MoE layers of ``model``'s decoder.
+
+        Looks at router logits [tokens, experts] as the modules named ``*.mlp.gate`` return them, alone or first in a
+        tuple, so it works for any model of either engine. Waits for the GPU once a pass.
+        """
+        routers = [module for name, module in model.named_modules() if name.endswith(_ROUTER) and "mtp" not in name]
+        counts: list[torch.Tensor] = []
+        last = routers[-1] if routers else None
+
+        def look(module: nn.Module, _: Any, output: Any) -> None:
+            logits = output[0] if isinstance(output, tuple) else output
+            chosen = logits.float().topk(top_k, dim=-1).indices.flatten()
+            counts.append(torch.zeros(logits.shape[-1], device=logits.device).index_fill_(0, chosen, 1).sum())
+            if module is last:
+                distinct = torch.stack(counts).int().tolist()
+                counts.clear()
+                print(logits.shape[0], *distinct, file=self._file("experts"))
+
+        for router in routers:
+            router.register_forward_hook(look)
+
+    def _file(self, kind: str) -> TextIO:
+        file = self._files.get(kind)
+        if file is None:
+            # Line-buffered: a step's line is on disk when the engine is killed; it costs 2 us.
+            file = open(self.directory / f"{kind}-{os.getpid()}.txt", "a", buffering=1, encoding="ascii")  # noqa: SIM115
+            self._files[kind] = file
+        return file
+
+
+_recorders: dict[Path, Recorder] = {}
+
+
+def recorder(environment: Mapping[str, str] | None = None) -> Recorder | None:
+    """This process's recorder, or None if ``QWEN3NEXT_RECORD`` is not set."""
+    directory = (os.environ if environment is None else environment).get("QWEN3NEXT_RECORD")
+    if not directory:
+        return None
+    return _recorders.setdefault(Path(directory), Recorder(Path(directory)))
+
+
+def records_experts(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether distinct experts are to be counted."""
+    return (os.environ if environment is None else environment).get("QWEN3NEXT_RECORD_EXPERTS") == "1"

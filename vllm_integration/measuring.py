@@ -1,0 +1,87 @@
+"""What `qwen3next bench` needs inside vLLM, the same for stock and plugin: synthetic weights and the engine's clock."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from qwen3next_plugin.recording import Recorder, recorder, records_experts
+
+
+def offer() -> None:
+    """Makes the synthetic load format known, and writes down steps where ``QWEN3NEXT_RECORD`` asks for it."""
+    from .synthetic import register_synthetic_loader
+
+    register_synthetic_loader()
+    record = recorder()
+    if record is not None:
+        _watch_scheduler(record)
+        _watch_workers(record)
+
+
+def _watch_scheduler(record: Recorder) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original = Scheduler.update_from_output
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        tokens = scheduler_output.num_scheduled_tokens
+        if tokens:
+            record.step(len(tokens), scheduler_output.total_num_scheduled_tokens, max(tokens.values()))
+        return original(self, scheduler_output, model_runner_output)
+
+    Scheduler.update_from_output = update_from_output
+
+
+def _watch_workers(record: Recorder) -> None:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for worker in (Worker, CPUWorker):
+        original = worker.__dict__.get("compile_or_warm_up_model")
+        if original is None or hasattr(original, "__wrapped__"):
+            continue
+        worker.compile_or_warm_up_model = _observed(original, record)
+
+
+def _observed(original: Any, record: Recorder) -> Any:
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Any) -> Any:
+        result = original(self)
+        record.facts(**_facts(self))
+        if records_experts():
+            model = self.model_runner.get_model()
+            record.watch_routers(model, self.vllm_config.model_config.hf_text_config.num_experts_per_tok)
+        return result
+
+    return compile_or_warm_up_model
+
+
+def _facts(worker: Any) -> dict[str, Any]:
+    config, runner = worker.vllm_config, worker.model_runner
+    model = type(runner.get_model())
+    compilation = config.compilation_config
+    dtypes: dict[str, str] = {}
+    for group in runner.kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if hasattr(spec, "dtypes"):
+            dtypes |= {"conv_state_dtype": str(spec.dtypes[0]), "ssm_state_dtype": str(spec.dtypes[-1])}
+        elif hasattr(spec, "dtype"):
+            dtypes["kv_dtype"] = str(spec.dtype)
+    return dtypes | {
+        "model_class": f"{model.__module__}.{model.__qualname__}",
+        "graph_mode": f"{compilation.mode.name}/{compilation.cudagraph_mode.name}",
+        "compile_sizes": list(compilation.cudagraph_capture_sizes or ()),
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "prefix_caching": config.cache_config.enable_prefix_caching,
+        "block_size": config.cache_config.block_size,
+        "num_blocks": config.cache_config.num_gpu_blocks,
+        "dtype": str(config.model_config.dtype),
+        "quantization": config.model_config.quantization,
+        "runner": f"{type(runner).__module__}.{type(runner).__qualname__}",
+    }
