@@ -35,3 +35,7 @@ class UnsupportedEngineError(PluginError):
 
 class DriftError(PluginError):
     """Something this package relies on inside the engine is gone or has changed its signature."""
+
+
+class RegistrationError(PluginError):
+    """This package could not take its place inside the engine, which would otherwise run stock without a word."""

@@ -5,6 +5,7 @@ defaults of other models (base 10000, full rotary), which spoils the output with
 what it was given and puts in place what comes out; nothing here knows an engine.
 """
 
+import copy
 import json
 import math
 import re
@@ -18,6 +19,8 @@ from .errors import ConfigError, SettingsError
 from .rope import attention_factor
 from .spec import RopeSpec
 
+ROPE_DICTS = ("rope_parameters", "rope_scaling")
+_WRITTEN = (*ROPE_DICTS, "rope_theta", "partial_rotary_factor", "max_position_embeddings")
 _COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _YARN_KEYS = (
     *("factor", "original_max_position_embeddings", "attention_factor", "attn_factor"),
@@ -71,6 +74,22 @@ class CompleteRope:
             "beta_slow": spec.beta_slow,
             "truncate": spec.truncate,
         }
+
+
+def written_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the rope, copied: engines overwrite it with overrides before they ask for the rope."""
+    return {name: copy.deepcopy(config[name]) for name in _WRITTEN if name in config}
+
+
+def check_rope_dicts(overrides: Mapping[str, Any]) -> None:
+    """Raise ConfigError if an override of the rope is no dict, or two of them differ: an engine takes the later one."""
+    new, old = (overrides.get(name) for name in ROPE_DICTS)
+    for name, value in zip(ROPE_DICTS, (new, old), strict=True):
+        if value is not None and not isinstance(value, Mapping):
+            remedy = 'give a dict such as {"rope_type": "yarn", "factor": 4.0}'
+            raise broken(name, f"is {show(value)} ({type(value).__name__})", remedy)
+    if new and old and new != old:
+        raise broken("rope_scaling", f"is {show(old)} while rope_parameters is {show(new)}", "give one of the two")
 
 
 def complete_rope(

@@ -1,19 +1,28 @@
-"""Entry point of SGLang's plugins. There is no SGLang integration in this version, and a server must not hide that."""
+"""Entry point of SGLang's plugins; everything else in this folder is imported when SGLang asks for it.
 
-import logging
-
-logger = logging.getLogger("sglang.qwen3next_plugin")
-
-NOTICE = (
-    "qwen3next-plugin %s does not take over Qwen3-Next in SGLang: this server is stock SGLang; "
-    "serve with vLLM 0.32 to use the plugin, or set QWEN3NEXT_PLUGIN=0 to silence this line."
-)
+SGLang logs an exception from here and goes on as the stock engine, so whatever goes wrong ends the process instead.
+"""
 
 
 def register() -> None:
-    """Says once a process that the engine is the stock one; nothing at all when QWEN3NEXT_PLUGIN=0."""
-    from qwen3next_plugin.activation import plugin_version
+    """Called by SGLang in every process that it loads plugins in. With QWEN3NEXT_PLUGIN=0 only says so."""
+    from qwen3next_plugin.errors import PluginError, RegistrationError
+    from qwen3next_plugin.refusal import end_with
     from qwen3next_plugin.settings import read_settings
 
-    if read_settings().enabled:
-        logger.warning(NOTICE, plugin_version())
+    try:
+        settings = read_settings()
+        if not settings.enabled:
+            from .activation import say_stock
+
+            say_stock()
+            return
+        from .registration import activate
+
+        activate(settings)
+    except PluginError as error:
+        end_with(error)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".rstrip(".")
+        remedy = "reinstall qwen3next-plugin and sglang, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"
+        end_with(RegistrationError(f"registering with SGLang failed ({found}): {remedy}."))

@@ -18,8 +18,7 @@ from qwen3next_plugin.weights_shards import check_tensor_parallel
 from .refusal import refuse
 from .rope import (
     check_max_model_len,
-    check_overrides_agree,
-    check_rope_override,
+    check_rope_overrides,
     record_checkpoint_rope,
     share_rope_with_drafter,
 )
@@ -42,7 +41,8 @@ class CheckedConfigParser(HFConfigParser):
             return super().parse(model, trust_remote_code, revision, *args, **kwargs)
         try:
             parse_config(raw)
-            check_rope_override(kwargs.get("hf_overrides"))
+            # vLLM hands over those of its overrides that are no dicts.
+            check_rope_overrides(kwargs.get("hf_overrides"))
         except PluginError as error:
             refuse(error)
         config_dict, hf_config = super().parse(model, trust_remote_code, revision, *args, **kwargs)
@@ -57,7 +57,7 @@ class CheckedCheckpoint(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         directory = Path(vllm_config.model_config.model)
         try:
-            check_overrides_agree(vllm_config.model_config)
+            check_rope_overrides(vllm_config.model_config.hf_overrides)
             spec = spec_of(vllm_config)
             check_max_model_len(vllm_config, spec)
             share_rope_with_drafter(vllm_config)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import NoReturn
 
 from qwen3next_plugin.errors import PluginError
-
-EXIT_CODE = 2
+from qwen3next_plugin.refusal import end_with, is_command
 
 
 def refuse(error: PluginError) -> NoReturn:
     """Ends `vllm serve` with the error's sentence alone on standard error; raises the error inside other programs."""
-    if _is_vllm_command():
-        print(f"qwen3next-plugin: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_CODE)
+    if is_command("vllm"):
+        end_with(error)
     raise error
-
-
-def _is_vllm_command() -> bool:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return Path(sys.argv[0]).name == "vllm" or (spec is not None and (spec.name or "").startswith("vllm."))

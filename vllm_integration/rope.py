@@ -13,39 +13,31 @@ from typing import Any
 
 import vllm.envs as envs
 from transformers import PreTrainedConfig
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from qwen3next_plugin.config_fields import broken, show
+from qwen3next_plugin.config_fields import broken
 from qwen3next_plugin.errors import PluginError
-from qwen3next_plugin.rope_request import CompleteRope, check_context, complete_rope
+from qwen3next_plugin.rope_request import CompleteRope, check_context, check_rope_dicts, complete_rope, written_rope
 from qwen3next_plugin.settings import read_settings
 from qwen3next_plugin.spec import Qwen3NextSpec
 
 from .refusal import refuse
 
-_DICTS = ("rope_parameters", "rope_scaling")
-_WRITTEN = (*_DICTS, "rope_theta", "partial_rotary_factor", "max_position_embeddings")
 _RECORD = "qwen3next_checkpoint_rope"
 
 
 def record_checkpoint_rope(hf_config: PreTrainedConfig, raw: Mapping[str, Any]) -> None:
     """Keep beside the config what config.json said of the rope, since overrides replace it in place."""
-    record = {
-        "written": {name: copy.deepcopy(raw[name]) for name in _WRITTEN if name in raw},
-        "loaded": copy.deepcopy(hf_config.rope_parameters),
-    }
+    record = {"written": written_rope(raw), "loaded": copy.deepcopy(hf_config.rope_parameters)}
     setattr(hf_config, _RECORD, record)
 
 
-def check_rope_override(overrides: object) -> None:
-    """Refuse an override of the rope that is no dict; vLLM hands over those of its overrides that are none."""
-    for name in _DICTS if isinstance(overrides, Mapping) else ():
-        value = overrides.get(name) if isinstance(overrides, Mapping) else None
-        if value is not None:
-            remedy = 'give a dict such as {"rope_type": "yarn", "factor": 4.0}'
-            raise broken(name, f"is {show(value)} ({type(value).__name__})", remedy)
+def check_rope_overrides(overrides: object) -> None:
+    """Raise ConfigError for overrides of the rope that are no dict or differ; overrides may also be a function."""
+    if isinstance(overrides, Mapping):
+        check_rope_dicts(overrides)
 
 
 class RopeCompletingConvertor(ModelArchConfigConvertorBase):
@@ -80,16 +72,6 @@ def _complete(hf_config: PreTrainedConfig) -> None:
         # vLLM asks this field whether a longer --max-model-len is all right, and would point to the variable above if
         # it is not; check_max_model_len, a moment later, says what extends the context instead.
         hf_config.model_max_length = sys.maxsize
-
-
-def check_overrides_agree(model_config: ModelConfig) -> None:
-    """Raise ConfigError if --hf-overrides holds two rope dicts that differ: vLLM would take the later one."""
-    overrides = model_config.hf_overrides
-    if not isinstance(overrides, Mapping):
-        return
-    new, old = (overrides.get(name) for name in _DICTS)
-    if new and old and new != old:
-        raise broken("rope_scaling", f"is {show(old)} while rope_parameters is {show(new)}", "give one of the two")
 
 
 def check_max_model_len(vllm_config: VllmConfig, spec: Qwen3NextSpec) -> None:

@@ -1,0 +1,37 @@
+"""The one line that says this plugin runs, and with what; or that it was told not to."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from functools import lru_cache
+
+import torch
+
+from qwen3next_plugin.activation import activation_line, plugin_version
+from qwen3next_plugin.compat import installed_version
+from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.kernels.dispatch import describe
+from qwen3next_plugin.settings import read_settings
+
+from .refusal import refuse
+
+logger = logging.getLogger("sglang.qwen3next_plugin")
+
+
+def say_stock() -> None:
+    """Logs once a server that QWEN3NEXT_PLUGIN=0 leaves SGLang as it is."""
+    if multiprocessing.parent_process() is None:
+        logger.warning("qwen3next-plugin %s: QWEN3NEXT_PLUGIN=0, this server is stock SGLang.", plugin_version())
+
+
+@lru_cache(maxsize=1)
+def announce() -> None:
+    """Logs the activation line once a process, from the model itself: no model of ours, no line."""
+    device = torch.get_default_device()
+    try:
+        read_settings().check_device(device.type)
+    except SettingsError as error:
+        refuse(error)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    logger.info(activation_line("sglang", installed_version("sglang") or "unknown", name, describe(device.type)))

@@ -1,0 +1,163 @@
+"""Everything this plugin hangs into SGLang, in one place, and what it relies on there.
+
+SGLang logs a hook that cannot be applied and starts without it. So every hook is tried out as soon as SGLang has
+applied them all, by calling SGLang's own name with a probe that only a hook of ours answers.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from qwen3next_plugin.compat import Reliance, check_engine, check_reliances, installed_version
+from qwen3next_plugin.errors import RegistrationError
+from qwen3next_plugin.kernels.dispatch import prefer
+from qwen3next_plugin.refusal import end_with
+from qwen3next_plugin.settings import Settings
+
+_MODELS = {
+    "Qwen3NextForCausalLM": (f"{__package__}.model", "Qwen3NextForCausalLM"),
+    "Qwen3NextForCausalLMMTP": (f"{__package__}.mtp", "Qwen3NextForCausalLMMTP"),
+}
+_GDN_BACKEND = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
+_MODEL_CONFIG = "sglang.srt.configs.model_config.ModelConfig"
+_ARCHITECTURE = "sglang.srt.model_loader.utils.get_model_architecture"
+
+RELIANCES = [
+    Reliance("sglang.srt.plugins.hook_registry.HookRegistry", "to hang in hooks", attributes=("register",)),
+    Reliance("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", "to see that its hooks were applied"),
+    Reliance("sglang.srt.plugins.hook_registry.HookType", "to hang in hooks", attributes=("REPLACE", "AROUND")),
+    Reliance("sglang.srt.models.registry.ModelRegistry.models", "to put our classes in the models' place"),
+    Reliance(_GDN_BACKEND, "to run the recurrent layers on our kernels"),
+    Reliance(
+        f"{_MODEL_CONFIG}._derive_context_length", "to complete the rope before it", parameters=("context_length",)
+    ),
+    Reliance(f"{_MODEL_CONFIG}.from_server_args", "to check the checkpoint", parameters=("server_args",)),
+    Reliance(_ARCHITECTURE, "to see which class is built", parameters=("model_config",)),
+    Reliance("sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse", "to read config.json as SGLang does"),
+    Reliance("sglang.srt.configs.model_config_parser_registry._MODEL_CONFIG_PARSER_REGISTRY", "to check config.json"),
+    Reliance("sglang.srt.utils.hf_transformers.common._CONFIG_REGISTRY", "to read layer_types"),
+    Reliance(
+        "sglang.srt.configs.qwen3_next.Qwen3NextConfig",
+        "to tell SGLang each layer's kind",
+        attributes=("layers_block_type", "linear_layer_ids", "full_attention_layer_ids", "mamba2_cache_params"),
+    ),
+    Reliance(
+        "sglang.srt.configs.qwen3_next.HybridLayerType",
+        "to tell SGLang each layer's kind",
+        attributes=("full_attention", "linear_attention"),
+    ),
+    Reliance("sglang.srt.environ.envs.SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "to respect it"),
+]
+
+_PROBE = object()
+
+
+def activate(settings: Settings) -> None:
+    """Checks the engine, then registers models, config classes and hooks. Safe to repeat.
+
+    Raises UnsupportedEngineError, DriftError, SettingsError or RegistrationError; SGLang is unchanged but for the last.
+    """
+    check_engine("sglang", installed_version("sglang"))
+    check_reliances(RELIANCES)
+    settings.check_device("cuda" if torch.cuda.is_available() else "cpu")
+    prefer(settings.backend)
+    _register_classes()
+    _register_hooks()
+
+
+def _register_classes() -> None:
+    from sglang.srt.configs.model_config_parser_registry import _MODEL_CONFIG_PARSER_REGISTRY
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.utils.hf_transformers.common import _CONFIG_REGISTRY
+
+    from .config import MODEL_TYPE, CheckedConfigParser, LayerTypesConfig
+
+    for architecture, (module, name) in _MODELS.items():
+        ModelRegistry.models[architecture] = getattr(import_module(module), name)
+    _CONFIG_REGISTRY[MODEL_TYPE] = LayerTypesConfig
+    _MODEL_CONFIG_PARSER_REGISTRY["hf"] = CheckedConfigParser
+
+
+@functools.cache
+def _register_hooks() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from . import checks
+
+    HookRegistry.register(_GDN_BACKEND, _answering(_make_gdn_backend, 0), HookType.REPLACE)
+    around = {
+        f"{_MODEL_CONFIG}._derive_context_length": checks.derive_context_length,
+        f"{_MODEL_CONFIG}.from_server_args": checks.model_config_from,
+        _ARCHITECTURE: checks.model_architecture,
+    }
+    for target, hook in around.items():
+        HookRegistry.register(target, _answering(hook, 1), HookType.AROUND)
+    _verify_after(HookRegistry, (_GDN_BACKEND, *around))
+
+
+def _make_gdn_backend(runner: Any) -> Any:
+    # TEMPORARY until gdn_backend.py is there: SGLang's own class.
+    try:
+        from .gdn_backend import make_gdn_backend
+    except ModuleNotFoundError:
+        print("qwen3next-plugin: TEMPORARY stock GDN backend", flush=True)
+        return pkgutil.resolve_name(_GDN_BACKEND).__wrapped__(runner)
+    return make_gdn_backend(runner)
+
+
+def _answering(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
+    """The hook, answering the probe where its argument number ``subject`` would be the model."""
+
+    @functools.wraps(hook)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return _PROBE if args[subject : subject + 1] == (_PROBE,) else hook(*args, **kwargs)
+
+    return answer
+
+
+def _verify_after(registry: Any, targets: tuple[str, ...]) -> None:
+    """Look at everything again when SGLang, which calls no plugin then, has applied all plugins' hooks."""
+    apply_hooks = registry.apply_hooks
+
+    def apply_and_verify() -> None:
+        apply_hooks()
+        try:
+            verify(targets)
+        except RegistrationError as error:
+            end_with(error)
+
+    registry.apply_hooks = staticmethod(apply_and_verify)
+
+
+def verify(targets: tuple[str, ...]) -> None:
+    """Raise RegistrationError for a hook that is not in force or a model class that another plugin put in its place."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    for target in targets:
+        if not _answers(target):
+            raise RegistrationError(f"the hook on {target} is not in force: {_remedy()}.")
+    for architecture, (module, name) in _MODELS.items():
+        found = ModelRegistry.models.get(architecture)
+        if found is not getattr(import_module(module), name):
+            raise RegistrationError(
+                f"{architecture} is {found} in SGLang's registry, not {module}.{name}: {_remedy()}."
+            )
+
+
+def _answers(target: str) -> bool:
+    try:
+        function = pkgutil.resolve_name(target)
+        arguments = (_PROBE, None) if target.endswith("_derive_context_length") else (_PROBE,)
+        return function(*arguments) is _PROBE
+    except Exception:
+        return False
+
+
+def _remedy() -> str:
+    return "remove the plugin that replaces it (SGLANG_PLUGINS=qwen3next), or set QWEN3NEXT_PLUGIN=0 for stock SGLang"
