@@ -36,6 +36,27 @@ def check_rows(
     every = {"query_start": (query_start, INTS), "query_end": (query_end, INTS), **vectors}
     for name, (vector, dtypes) in every.items():
         check(name, vector, (rows,), dtypes, like)
-        if rows > 1 and not name.endswith("slots") and vector.stride(0) != 1:
-            raise ValueError(f"{name} has stride {vector.stride(0)}; a contiguous vector of {rows} rows is needed")
+        if not name.endswith("slots"):
+            _check_contiguous(name, vector)
     return rows
+
+
+def check_optional(rows: int, like: Tensor, **vectors: Tensor | None) -> None:
+    """Check what an operation may be given besides: integer ``[N]`` vectors by name, contiguous, all of them or none.
+
+    Raises ValueError naming the vector and the shapes.
+    """
+    missing = [name for name, vector in vectors.items() if vector is None]
+    if missing and len(missing) < len(vectors):
+        raise ValueError(f"{missing[0]} is None, but {', '.join(vectors)} come together: give all of them or none")
+    for name, vector in vectors.items():
+        if vector is not None:
+            check(name, vector, (rows,), INTS, like)
+            _check_contiguous(name, vector)
+
+
+def _check_contiguous(name: str, vector: Tensor) -> None:
+    if vector.shape[0] > 1 and vector.stride(0) != 1:
+        raise ValueError(
+            f"{name} has stride {vector.stride(0)}; a contiguous vector of {vector.shape[0]} rows is needed"
+        )

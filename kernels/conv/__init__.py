@@ -1,4 +1,4 @@
-"""The short causal convolution over slot-addressed state: prefill of whole ranges, update by one or a few tokens.
+"""The short causal convolution over slot-addressed state: prefill of whole ranges, update and verify by a few tokens.
 
 Rows are token ranges ``[query_start[n], query_end[n])`` of a flat batch, disjoint and in any order. Empty rows and rows
 with a negative slot are skipped: nothing of theirs is read or written. Tokens in no range keep what ``out`` held.
@@ -6,14 +6,16 @@ with a negative slot are skipped: nothing of theirs is read or written. Tokens i
 
 from torch import Tensor
 
+from ..checks import check_optional
 from ..dispatch import TRITON, choose, declare
 from . import reference
-from .validation import check_conv, check_prefill_rows, check_update_rows
+from .validation import check_conv, check_prefill_rows, check_update_rows, check_verify_rows
 
-__all__ = ["causal_conv1d_prefill", "causal_conv1d_update"]
+__all__ = ["causal_conv1d_prefill", "causal_conv1d_update", "causal_conv1d_verify"]
 
 declare("causal_conv1d_prefill")
 declare("causal_conv1d_update")
+declare("causal_conv1d_verify")
 
 
 def causal_conv1d_prefill(
@@ -27,6 +29,8 @@ def causal_conv1d_prefill(
     state_slots: Tensor,
     has_initial_state: Tensor,
     out: Tensor,
+    snapshot_positions: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
     activation: str | None = "silu",
     backend: str | None = None,
 ) -> None:
@@ -42,6 +46,9 @@ def causal_conv1d_prefill(
         query_start, query_end: ``[N]`` integers; ``state_slots`` ``[N]`` integers, any stride.
         has_initial_state: ``[N]`` bool; where false the history is zero and the slot is not read.
         out: ``[T, D]`` in the dtype of ``x``, any strides, not overlapping ``x``.
+        snapshot_positions, snapshot_slots: ``[N]`` integers, both or neither: the history as it stands after that many
+            tokens of the row goes to columns ``[0, W - 1)`` of that slot too. Nothing is stored where the slot is
+            negative or the position lies outside 1..length. No row may read or write a slot given here.
         activation: ``"silu"`` or None.
         backend: None (Triton on CUDA, else the reference), ``"reference"`` or ``"triton"``.
 
@@ -50,6 +57,10 @@ def causal_conv1d_prefill(
     """
     check_conv(x, weight, bias, conv_state, out, activation)
     rows = check_prefill_rows(x, query_start, query_end, state_slots, has_initial_state)
+    check_optional(rows, x, snapshot_positions=snapshot_positions, snapshot_slots=snapshot_slots)
+    snapshot = None
+    if snapshot_positions is not None and snapshot_slots is not None:
+        snapshot = (snapshot_positions, snapshot_slots)
     chosen = choose(x, backend)
     if rows == 0 or x.numel() == 0:
         return
@@ -59,7 +70,7 @@ def causal_conv1d_prefill(
         run = triton.causal_conv1d_prefill
     else:
         run = reference.causal_conv1d_prefill
-    run(x, weight, bias, conv_state, query_start, query_end, state_slots, has_initial_state, out, activation)
+    run(x, weight, bias, conv_state, query_start, query_end, state_slots, has_initial_state, out, activation, snapshot)
 
 
 def causal_conv1d_update(
@@ -74,6 +85,7 @@ def causal_conv1d_update(
     num_accepted_tokens: Tensor | None,
     max_query_len: int,
     out: Tensor,
+    snapshot_slots: Tensor | None = None,
     activation: str | None = "silu",
     backend: str | None = None,
 ) -> None:
@@ -89,6 +101,8 @@ def causal_conv1d_update(
         conv_state: ``[S, D, L]`` with ``L >= W - 2 + max_query_len``, any strides.
         query_start, query_end, state_slots, num_accepted_tokens: ``[N]`` integers.
         max_query_len: no row is longer; it bounds the work and may be a host constant of a captured graph.
+        snapshot_slots: ``[N]`` integers or None: the W - 1 inputs up to the row's last one go to columns
+            ``[0, W - 1)`` of that slot too, where it is not negative. No row may read or write a slot given here.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the state is too short for ``max_query_len``.
@@ -97,6 +111,7 @@ def causal_conv1d_update(
     rows = check_update_rows(
         x, weight, conv_state, query_start, query_end, state_slots, num_accepted_tokens, max_query_len
     )
+    check_optional(rows, x, snapshot_slots=snapshot_slots)
     chosen = choose(x, backend)
     if rows == 0 or x.numel() == 0 or max_query_len == 0:
         return
@@ -118,4 +133,64 @@ def causal_conv1d_update(
         max_query_len,
         out,
         activation,
+        snapshot_slots,
+    )
+
+
+def causal_conv1d_verify(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    *,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    windows: Tensor,
+    window_rows: Tensor,
+    max_query_len: int,
+    out: Tensor,
+    activation: str | None = "silu",
+    backend: str | None = None,
+) -> None:
+    """Convolve the last accepted token and its drafts, leaving the state alone: what to keep is decided later.
+
+    For engines that copy the accepted window back into the state once they know how many drafts were right.
+
+    Args:
+        x, weight, bias, out, activation, backend: as for :func:`causal_conv1d_prefill`.
+        conv_state: ``[S, D, L]`` with ``L >= W - 1``, any strides; the history stands in columns ``[0, W - 1)``.
+        windows: ``[R, M, D, W - 1]``, any strides: the W - 1 inputs up to token j of row n go to
+            ``windows[window_rows[n], j]``. The windows of a row may overlap in memory, as windows sliding over one
+            buffer do; those of two rows may not.
+        query_start, query_end, state_slots, window_rows: ``[N]`` integers.
+        max_query_len: no row is longer, at most M; it may be a host constant of a captured graph.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or ``max_query_len`` exceeds M.
+    """
+    check_conv(x, weight, bias, conv_state, out, activation)
+    rows = check_verify_rows(x, weight, query_start, query_end, state_slots, windows, window_rows, max_query_len)
+    chosen = choose(x, backend)
+    if rows == 0 or x.numel() == 0 or max_query_len == 0:
+        return
+    if chosen == TRITON:
+        from . import triton
+
+        run = triton.causal_conv1d_update
+    else:
+        run = reference.causal_conv1d_update
+    run(
+        x,
+        weight,
+        bias,
+        conv_state,
+        query_start,
+        query_end,
+        state_slots,
+        None,
+        max_query_len,
+        out,
+        activation,
+        windows=(windows, window_rows),
     )

@@ -66,16 +66,23 @@ def causal_conv1d_prefill(
     has_initial_state: Tensor,
     out: Tensor,
     activation: str | None,
+    snapshot: tuple[Tensor, Tensor] | None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_prefill`; arguments are checked there."""
     columns = weight.shape[1] - 1
     rows = zip(query_start.tolist(), query_end.tolist(), state_slots.tolist(), has_initial_state.tolist(), strict=True)
-    for start, end, slot, has_history in rows:
+    for row, (start, end, slot, has_history) in enumerate(rows):
         if end <= start or slot < 0:
             continue
-        history = conv_state[slot, :, :columns].T[None] if has_history else None
-        y, new_history = causal_conv(x[None, start:end].to(_compute_dtype(x)), weight, history, bias, activation)
+        inputs = x[None, start:end].to(_compute_dtype(x))
+        history = conv_state[slot, :, :columns].T[None].to(inputs.dtype) if has_history else None
+        y, new_history = causal_conv(inputs, weight, history, bias, activation)
         out[start:end] = y[0].to(out.dtype)
+        if snapshot is not None:
+            taken, target = (int(vector[row]) for vector in snapshot)
+            if target >= 0 and 0 < taken <= end - start:
+                _, window = causal_conv(inputs[:, :taken], weight, history, bias, activation)
+                conv_state[target, :, :columns] = window[0].T.to(conv_state.dtype)
         conv_state[slot, :, :columns] = new_history[0].T.to(conv_state.dtype)
 
 
@@ -91,8 +98,13 @@ def causal_conv1d_update(
     max_query_len: int,
     out: Tensor,
     activation: str | None,
+    snapshot_slots: Tensor | None = None,
+    windows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there.
+
+    With ``windows`` (the buffer and each row's place in it) it is
+    :func:`qwen3next_plugin.kernels.conv.causal_conv1d_verify`.
 
     Rows of one length are computed together, so an ordinary decode batch is one vectorised step.
     """
@@ -108,5 +120,14 @@ def causal_conv1d_update(
         history = conv_state[slots, :, first + torch.arange(columns, device=x.device)]
         window = torch.cat([history.to(_compute_dtype(x)), x[tokens].to(_compute_dtype(x))], dim=1)
         out[tokens] = _convolve(window, weight, bias, activation).to(out.dtype)
-        kept = torch.arange(columns - 1 + length, device=x.device)
-        conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)
+        if snapshot_slots is not None:
+            targets = snapshot_slots[rows.squeeze(1)].long()
+            taken = targets >= 0
+            conv_state[targets[taken], :, :columns] = window[taken, length:].mT.to(conv_state.dtype)
+        if windows is not None:
+            buffer, places = windows
+            for j in range(length):
+                buffer[places[rows.squeeze(1)].long(), j] = window[:, j + 1 : j + 1 + columns].mT.to(buffer.dtype)
+        else:
+            kept = torch.arange(columns - 1 + length, device=x.device)
+            conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)

@@ -20,6 +20,34 @@ def _activate(y, SILU: tl.constexpr):
     return y
 
 
+@triton.jit
+def _store_window(
+    target,
+    target_column,
+    history,
+    history_column,
+    has_history,
+    x_row,
+    x_token,
+    length,
+    in_dim,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store the W - 1 inputs that end after `length` tokens of a row; those before its first token are its history.
+
+    Columns go lowest first, so `target` may be where the history stands.
+    """
+    for column in tl.static_range(WIDTH - 1):
+        position = length - (WIDTH - 1) + column
+        last = tl.zeros((BLOCK_D,), tl.float32)
+        if position >= 0:
+            last = tl.load(x_row + position * x_token, mask=in_dim, other=0.0).to(tl.float32)
+        elif has_history:
+            last = tl.load(history + (length + column) * history_column, mask=in_dim, other=0.0).to(tl.float32)
+        tl.store(target + column * target_column, last.to(target.dtype.element_ty), mask=in_dim)
+
+
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
 @triton.jit(do_not_specialize=["num_rows", "slots_stride"])
 def _prefill_kernel(
@@ -32,6 +60,8 @@ def _prefill_kernel(
     query_end,
     slots,
     has_initial_state,
+    snapshot_positions,
+    snapshot_slots,
     num_rows,
     dim,
     x_token,
@@ -46,6 +76,7 @@ def _prefill_kernel(
     slots_stride,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -93,14 +124,37 @@ def _prefill_kernel(
 
     if chunk == 0:  # alone reads the history, and so may overwrite it
         tl.debug_barrier()
-        for column in tl.static_range(WIDTH - 1):
-            position = length - (WIDTH - 1) + column
-            last = tl.zeros((BLOCK_D,), tl.float32)
-            if position >= 0:
-                last = tl.load(x_row + position * x_token, mask=in_dim, other=0.0).to(tl.float32)
-            elif has_history:
-                last = tl.load(state_row + (length + column) * state_column, mask=in_dim, other=0.0).to(tl.float32)
-            tl.store(state_row + column * state_column, last.to(state.dtype.element_ty), mask=in_dim)
+        if HAS_SNAPSHOT:
+            taken = tl.load(snapshot_positions + row).to(tl.int64)
+            target = tl.load(snapshot_slots + row).to(tl.int64)
+            if (target >= 0) & (taken > 0) & (taken <= length):
+                snapshot_row = state + target * state_slot + d * state_dim
+                _store_window(
+                    snapshot_row,
+                    state_column,
+                    state_row,
+                    state_column,
+                    has_history,
+                    x_row,
+                    x_token,
+                    taken,
+                    in_dim,
+                    WIDTH,
+                    BLOCK_D,
+                )
+        _store_window(
+            state_row,
+            state_column,
+            state_row,
+            state_column,
+            has_history,
+            x_row,
+            x_token,
+            length,
+            in_dim,
+            WIDTH,
+            BLOCK_D,
+        )
 
 
 def causal_conv1d_prefill(
@@ -114,6 +168,7 @@ def causal_conv1d_prefill(
     has_initial_state: Tensor,
     out: Tensor,
     activation: str | None,
+    snapshot: tuple[Tensor, Tensor] | None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_prefill`; arguments are checked there."""
     tokens, dim = x.shape
@@ -128,6 +183,7 @@ def causal_conv1d_prefill(
         query_end,
         state_slots,
         has_initial_state,
+        *(snapshot or (query_start, query_start)),
         rows,
         dim,
         *x.stride(),
@@ -137,6 +193,7 @@ def causal_conv1d_prefill(
         state_slots.stride(0),
         WIDTH=weight.shape[1],
         HAS_BIAS=bias is not None,
+        HAS_SNAPSHOT=snapshot is not None,
         SILU=activation == "silu",
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
@@ -156,6 +213,9 @@ def _update_kernel(
     query_end,
     slots,
     num_accepted_tokens,
+    snapshot_slots,
+    windows,
+    window_rows,
     max_query_len,
     dim,
     x_token,
@@ -168,9 +228,15 @@ def _update_kernel(
     out_token,
     out_dim,
     slots_stride,
+    window_row,
+    window_token,
+    window_dim,
+    window_column,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ACCEPTED: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -203,13 +269,47 @@ def _update_kernel(
         y = _activate(y, SILU)
         tl.store(out + (start + j) * out_token + d * out_dim, y.to(out.dtype.element_ty), mask=in_dim)
 
-    # Columns move down, lowest first, so each is read before it is overwritten.
-    for column in tl.static_range(WIDTH - 2):
-        kept = tl.load(history + (column + 1) * state_column, mask=in_dim)
-        tl.store(state_row + column * state_column, kept, mask=in_dim)
-    for j in range(length):
-        new = tl.load(x_row + j * x_token, mask=in_dim).to(tl.float32)
-        tl.store(state_row + (WIDTH - 2 + j) * state_column, new.to(state.dtype.element_ty), mask=in_dim)
+    if HAS_SNAPSHOT:
+        target = tl.load(snapshot_slots + row).to(tl.int64)
+        if target >= 0:
+            snapshot_row = state + target * state_slot + d * state_dim
+            _store_window(
+                snapshot_row,
+                state_column,
+                history,
+                state_column,
+                True,
+                x_row,
+                x_token,
+                length,
+                in_dim,
+                WIDTH,
+                BLOCK_D,
+            )
+    if HAS_WINDOWS:
+        window = windows + tl.load(window_rows + row).to(tl.int64) * window_row + d * window_dim
+        for j in range(length):
+            _store_window(
+                window + j * window_token,
+                window_column,
+                history,
+                state_column,
+                True,
+                x_row,
+                x_token,
+                j + 1,
+                in_dim,
+                WIDTH,
+                BLOCK_D,
+            )
+    else:
+        # Columns move down, lowest first, so each is read before it is overwritten.
+        for column in tl.static_range(WIDTH - 2):
+            kept = tl.load(history + (column + 1) * state_column, mask=in_dim)
+            tl.store(state_row + column * state_column, kept, mask=in_dim)
+        for j in range(length):
+            new = tl.load(x_row + j * x_token, mask=in_dim).to(tl.float32)
+            tl.store(state_row + (WIDTH - 2 + j) * state_column, new.to(state.dtype.element_ty), mask=in_dim)
 
 
 def causal_conv1d_update(
@@ -224,9 +324,16 @@ def causal_conv1d_update(
     max_query_len: int,
     out: Tensor,
     activation: str | None,
+    snapshot_slots: Tensor | None = None,
+    windows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there."""
+    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there.
+
+    With ``windows`` (the buffer and each row's place in it) it is
+    :func:`qwen3next_plugin.kernels.conv.causal_conv1d_verify`.
+    """
     dim = x.shape[1]
+    window_buffer, window_rows = windows or (conv_state.unsqueeze(1), query_start)
     _update_kernel[(query_start.shape[0], triton.cdiv(dim, BLOCK_D))](
         x,
         weight,
@@ -237,6 +344,9 @@ def causal_conv1d_update(
         query_end,
         state_slots,
         query_start if num_accepted_tokens is None else num_accepted_tokens,
+        query_start if snapshot_slots is None else snapshot_slots,
+        window_buffer,
+        window_rows,
         max_query_len,
         dim,
         *x.stride(),
@@ -244,9 +354,12 @@ def causal_conv1d_update(
         *conv_state.stride(),
         *out.stride(),
         state_slots.stride(0),
+        *window_buffer.stride(),
         WIDTH=weight.shape[1],
         HAS_BIAS=bias is not None,
         HAS_ACCEPTED=num_accepted_tokens is not None,
+        HAS_SNAPSHOT=snapshot_slots is not None,
+        HAS_WINDOWS=windows is not None,
         SILU=activation == "silu",
         BLOCK_D=BLOCK_D,
         num_warps=NUM_WARPS,

@@ -12,11 +12,13 @@ No two rows of a call may share a slot that one of them writes.
 
 from torch import Tensor
 
+from ..checks import check_optional
 from ..dispatch import TRITON, choose, declare
 from . import reference
+from .reference import SNAPSHOT_GRID
 from .validation import check_decode_rows, check_prefill_rows, check_tokens, check_verify_rows
 
-__all__ = ["gdn_decode", "gdn_prefill", "gdn_verify"]
+__all__ = ["SNAPSHOT_GRID", "gdn_decode", "gdn_prefill", "gdn_verify"]
 
 declare("gdn_prefill")
 declare("gdn_decode")
@@ -38,6 +40,8 @@ def gdn_prefill(
     state_slots: Tensor,
     has_initial_state: Tensor,
     out: Tensor,
+    snapshot_positions: Tensor | None = None,
+    snapshot_slots: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Run whole token ranges through the delta rule in chunks and leave the final state in each row's slot, in place.
@@ -51,6 +55,9 @@ def gdn_prefill(
         max_query_len: no row is longer; it bounds the launch grid.
         has_initial_state: ``[N]`` bool; where false the state starts from zero and the slot is not read.
         out: ``[T, HV, V]``, any strides.
+        snapshot_positions, snapshot_slots: ``[N]`` integers, both or neither: the state as it is after that many tokens
+            of the row goes to that slot too. A position is a multiple of ``SNAPSHOT_GRID`` or the row's length; nothing
+            is stored at any other, nor where the slot is negative. No row may read or write a slot given here.
         backend: None (Triton on CUDA, else the reference), ``"reference"`` or ``"triton"``.
 
     Raises:
@@ -58,6 +65,10 @@ def gdn_prefill(
     """
     check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
     rows = check_prefill_rows(mixed_qkv, query_start, query_end, max_query_len, state_slots, has_initial_state)
+    check_optional(rows, mixed_qkv, snapshot_positions=snapshot_positions, snapshot_slots=snapshot_slots)
+    snapshot = None
+    if snapshot_positions is not None and snapshot_slots is not None:
+        snapshot = (snapshot_positions, snapshot_slots)
     chosen = choose(mixed_qkv, backend)
     if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
         return
@@ -79,6 +90,7 @@ def gdn_prefill(
         state_slots,
         has_initial_state,
         out,
+        snapshot,
     )
 
 
@@ -95,17 +107,20 @@ def gdn_decode(
     query_end: Tensor,
     state_slots: Tensor,
     out: Tensor,
+    snapshot_slots: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One new token a row: the state of each row's slot is read, advanced and written back.
 
-    Arguments as for :func:`gdn_prefill`; of a row that is longer than one token only the first is taken.
+    Arguments as for :func:`gdn_prefill`; of a row that is longer than one token only the first is taken. The new state
+    goes to ``snapshot_slots[n]`` too, where that is not negative; no row may read or write a slot given there.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
     check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
     rows = check_decode_rows(mixed_qkv, query_start, query_end, state_slots)
+    check_optional(rows, mixed_qkv, snapshot_slots=snapshot_slots)
     _recurrent(
         rows,
         mixed_qkv,
@@ -119,6 +134,7 @@ def gdn_decode(
         state_slots.unsqueeze(1),
         out,
         ssm_state,
+        snapshot_slots,
         backend,
     )
 
@@ -175,6 +191,7 @@ def gdn_verify(
         output_slots,
         out,
         target,
+        None,
         backend,
     )
 
@@ -192,6 +209,7 @@ def _recurrent(
     output_slots: Tensor,
     out: Tensor,
     output_state: Tensor,
+    snapshot_slots: Tensor | None,
     backend: str | None,
 ) -> None:
     """Decode and verify are one operation: decode writes the state after its only token back where it came from."""
@@ -216,4 +234,5 @@ def _recurrent(
         output_slots,
         out,
         output_state,
+        snapshot_slots,
     )

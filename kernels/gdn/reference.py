@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SNAPSHOT_GRID = 64
+"""A prefill keeps snapshots after a multiple of this many tokens of a row (or after its last)."""
+
 Gates = tuple[Tensor, Tensor, Tensor, Tensor]
 """a ``[T, HV]``, b ``[T, HV]``, A_log ``[HV]``, dt_bias ``[HV]``."""
 
@@ -167,18 +170,31 @@ def gdn_prefill(
     state_slots: Tensor,
     has_initial_state: Tensor,
     out: Tensor,
+    snapshot: tuple[Tensor, Tensor] | None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.gdn.gdn_prefill`; arguments are checked there."""
     a, b, A_log, dt_bias = gates
     rows = zip(query_start.tolist(), query_end.tolist(), state_slots.tolist(), has_initial_state.tolist(), strict=True)
-    for start, end, slot, has_state in rows:
+    for row, (start, end, slot, has_state) in enumerate(rows):
         if end <= start or slot < 0:
             continue
-        own_gates = (a[None, start:end], b[None, start:end], A_log, dt_bias)
-        tokens = _split_tokens(mixed_qkv[None, start:end], own_gates, num_k_heads, ssm_state)
-        o, final_state = delta_rule_chunked(*tokens, initial_state=ssm_state[slot, None] if has_state else None)
-        out[start:end] = o[0].to(out.dtype)
-        ssm_state[slot] = final_state[0].to(ssm_state.dtype)
+        pieces, target = [(start, end)], -1
+        if snapshot is not None:
+            taken, target = (int(vector[row]) for vector in snapshot)
+            if target >= 0 and 0 < taken < end - start and taken % SNAPSHOT_GRID == 0:
+                pieces = [(start, start + taken), (start + taken, end)]
+            elif taken != end - start:
+                target = -1
+        state = ssm_state[slot, None] if has_state else None
+        for first, last in pieces:
+            own_gates = (a[None, first:last], b[None, first:last], A_log, dt_bias)
+            tokens = _split_tokens(mixed_qkv[None, first:last], own_gates, num_k_heads, ssm_state)
+            o, state = delta_rule_chunked(*tokens, initial_state=state)
+            out[first:last] = o[0].to(out.dtype)
+            if target >= 0 and first == start:
+                ssm_state[target] = state[0].to(ssm_state.dtype)
+        assert state is not None
+        ssm_state[slot] = state[0].to(ssm_state.dtype)
 
 
 def gdn_recurrent(
@@ -193,6 +209,7 @@ def gdn_recurrent(
     output_slots: Tensor,
     out: Tensor,
     output_state: Tensor,
+    snapshot_slots: Tensor | None,
 ) -> None:
     """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
 
@@ -217,4 +234,8 @@ def gdn_recurrent(
         if bool(kept.all()):
             output_state[slots] = state.to(output_state.dtype)
         else:
+            output_state[slots[kept]] = state[kept].to(output_state.dtype)
+        if snapshot_slots is not None:
+            slots = snapshot_slots[rows].long()
+            kept = (slots >= 0) & (lengths[rows] == j + 1)
             output_state[slots[kept]] = state[kept].to(output_state.dtype)

@@ -1,7 +1,7 @@
 """One Gated DeltaNet step over a mixed batch: which rows run chunked, which run token by token.
 
-Engines describe a step with two row sets. Rows are token ranges of the flat batch, so prefill, decode and verify rows
-may lie in any order and no token is gathered or copied.
+Engines describe a step with up to three row sets. Rows are token ranges of the flat batch, so prefill, decode and
+verify rows may lie in any order and no token is gathered or copied.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..conv import causal_conv1d_prefill, causal_conv1d_update
+from ..conv import causal_conv1d_prefill, causal_conv1d_update, causal_conv1d_verify
 from . import gdn_decode, gdn_prefill, gdn_verify
 
 
@@ -19,6 +19,7 @@ class PrefillRows:
     """Rows that continue a prompt: chunked form, final state written back to the row's slot.
 
     query_start, query_end, state_slots: int32 [N]; has_initial_state: bool [N]; max_query_len: bound on the lengths.
+    snapshot_positions, snapshot_slots: int [N] or None, where both states are kept besides, after how many tokens.
     """
 
     query_start: torch.Tensor
@@ -26,15 +27,18 @@ class PrefillRows:
     state_slots: torch.Tensor
     has_initial_state: torch.Tensor
     max_query_len: int
+    snapshot_positions: torch.Tensor | None = None
+    snapshot_slots: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class RecurrentRows:
-    """Rows that decode one token or verify several draft tokens.
+    """Rows that decode one token or verify several draft tokens, each state going to a slot of its own.
 
     query_start, query_end, conv_slots, initial_slots: int32 [N]; output_slots: int32 [N, M], column j takes the state
     after token j; num_accepted_tokens: int32 [N] or None, how many tokens of the previous step were kept (1 when None),
     which is where the convolution's window starts; max_query_len: host bound on the lengths (at most M).
+    snapshot_slots: int [N] or None, where both states are kept besides; of rows that decode only.
     """
 
     query_start: torch.Tensor
@@ -44,6 +48,35 @@ class RecurrentRows:
     output_slots: torch.Tensor
     num_accepted_tokens: torch.Tensor | None
     max_query_len: int
+    snapshot_slots: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """Rows that verify draft tokens and leave their slots alone until the engine commits what it accepted.
+
+    query_start, query_end, state_slots: int32 [N]; draft_rows: int32 [N], a row's place in the DraftStates;
+    output_slots: int32 [N, M], column j the place of the state after token j among the flattened `ssm`;
+    max_query_len: host bound on the lengths (at most M).
+    """
+
+    query_start: torch.Tensor
+    query_end: torch.Tensor
+    state_slots: torch.Tensor
+    draft_rows: torch.Tensor
+    output_slots: torch.Tensor
+    max_query_len: int
+
+
+@dataclass(frozen=True)
+class DraftStates:
+    """Where DraftRows leave a layer's states, token by token.
+
+    windows [R, M, conv_dim, W - 1], which may overlap in memory within a row; ssm [R * M, HV, V, K].
+    """
+
+    windows: torch.Tensor
+    ssm: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -65,8 +98,9 @@ def gdn_step(
     ssm_state: torch.Tensor,
     out: torch.Tensor,
     *,
-    prefill: PrefillRows | None,
-    recurrent: RecurrentRows | None,
+    prefill: PrefillRows | None = None,
+    recurrent: RecurrentRows | None = None,
+    drafts: tuple[DraftRows, DraftStates] | None = None,
 ) -> None:
     """Convolution and delta rule for every row of a step; states are updated in place, `out` is filled in place.
 
@@ -86,6 +120,8 @@ def gdn_step(
             query_start=prefill.query_start,
             query_end=prefill.query_end,
             state_slots=prefill.state_slots,
+            snapshot_positions=prefill.snapshot_positions,
+            snapshot_slots=prefill.snapshot_slots,
         )
         gdn_prefill(
             convolved,
@@ -98,6 +134,8 @@ def gdn_step(
             query_start=prefill.query_start,
             query_end=prefill.query_end,
             state_slots=prefill.state_slots,
+            snapshot_positions=prefill.snapshot_positions,
+            snapshot_slots=prefill.snapshot_slots,
         )
     if recurrent is not None:
         causal_conv1d_update(
@@ -111,6 +149,7 @@ def gdn_step(
             out=convolved,
             query_start=recurrent.query_start,
             query_end=recurrent.query_end,
+            snapshot_slots=recurrent.snapshot_slots,
         )
         if recurrent.num_accepted_tokens is None:
             gdn_decode(
@@ -122,6 +161,7 @@ def gdn_step(
                 out=out,
                 query_start=recurrent.query_start,
                 query_end=recurrent.query_end,
+                snapshot_slots=recurrent.snapshot_slots,
             )
         else:
             gdn_verify(
@@ -136,3 +176,31 @@ def gdn_step(
                 query_start=recurrent.query_start,
                 query_end=recurrent.query_end,
             )
+    if drafts is not None:
+        rows, states = drafts
+        causal_conv1d_verify(
+            mixed_qkv,
+            params.conv_weight,
+            None,
+            conv_state,
+            windows=states.windows,
+            window_rows=rows.draft_rows,
+            max_query_len=rows.max_query_len,
+            out=convolved,
+            query_start=rows.query_start,
+            query_end=rows.query_end,
+            state_slots=rows.state_slots,
+        )
+        gdn_verify(
+            convolved,
+            *gates,
+            ssm_state,
+            num_k_heads=params.num_k_heads,
+            max_query_len=rows.max_query_len,
+            initial_slots=rows.state_slots,
+            output_slots=rows.output_slots,
+            output_state=states.ssm,
+            out=out,
+            query_start=rows.query_start,
+            query_end=rows.query_end,
+        )

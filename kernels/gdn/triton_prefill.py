@@ -13,11 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
-from .reference import Gates
+from .reference import SNAPSHOT_GRID, Gates
 from .triton_recurrent import EPSILON, softplus
 
-CHUNK = 64
-BLOCK_V = 32
+CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
+# Columns of the state that a program of the second kernel holds. Triton 3.6 compiles bfloat16 products of fewer than 64
+# columns to wrong code for Hopper (seen on an H200 with K = V = 64 and 128, and with 16 in the first kernel: garbage or
+# an illegal access), as soon as an operand comes from registers rather than by an asynchronous copy.
+BLOCK_V_NARROW = 64
+BLOCK_V_WIDE = 32
 
 
 @triton.jit
@@ -157,6 +161,8 @@ def _walk_kernel(
     query_end,
     slots,
     has_initial_state,
+    snapshot_positions,
+    snapshot_slots,
     qkv_token,
     qkv_column,
     state_slot,
@@ -176,6 +182,7 @@ def _walk_kernel(
     CHUNK: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
 ):
     row = (tl.program_id(0) // V_HEADS).to(tl.int64)
     head = tl.program_id(0) % V_HEADS
@@ -200,6 +207,12 @@ def _walk_kernel(
         s = tl.load(state_at, mask=tile, other=0.0).to(tl.float32)
     tl.debug_barrier()  # of a small head one element is held by several threads: all have read before one writes
 
+    if HAS_SNAPSHOT:
+        snapshot = tl.load(snapshot_slots + row).to(tl.int64)
+        snapshot_end = start + tl.load(snapshot_positions + row).to(tl.int64)
+        snapshot_end = tl.where(snapshot >= 0, snapshot_end, -1)  # no chunk ends there
+        snapshot_at = state_at + (snapshot - slot) * state_slot
+
     for first in range(start, end, CHUNK):
         token = first + c
         valid = token < end
@@ -223,6 +236,9 @@ def _walk_kernel(
         out_at = out + token[:, None] * out_token + head * out_head + v_index[None, :] * out_v
         tl.store(out_at, o.to(out.dtype.element_ty), mask=v_tile)
         s = s * carried + tl.dot(tl.trans(k), (written * k_scale[:, None]).to(DOT), input_precision=PRECISION)
+        if HAS_SNAPSHOT:
+            taken = tl.minimum(first + CHUNK, end) == snapshot_end
+            tl.store(snapshot_at, s.to(state.dtype.element_ty), mask=tile & taken)
 
     tl.store(state_at, s.to(state.dtype.element_ty), mask=tile)
 
@@ -238,19 +254,19 @@ def gdn_prefill(
     state_slots: Tensor,
     has_initial_state: Tensor,
     out: Tensor,
+    snapshot: tuple[Tensor, Tensor] | None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.gdn.gdn_prefill`; arguments are checked there.
 
-    Matrix products take bfloat16 on a GPU for bfloat16 tokens of whole tiles, else float32 (as TF32 for float16, which
-    it holds exactly; split in three for the others).
+    Matrix products take bfloat16 on a GPU for bfloat16 tokens of heads in whole tiles of 64, else float32 (as TF32
+    for float16, which it holds exactly; split in three for the others).
     """
     a, b, A_log, dt_bias = gates
     tokens = mixed_qkv.shape[0]
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows = query_start.shape[0]
-    # With K = 16 and V = 8 bfloat16 products came out wrong on an H200 (Triton 3.6), so sizes that are no multiples of
-    # 32 take the float32 ones. Heads of 32 were right in a served model; heads of 128 in bfloat16 are still to be seen.
-    narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and key_dim % 32 == 0 and value_dim % 32 == 0
+    whole_tiles = key_dim % BLOCK_V_NARROW == 0 and value_dim % BLOCK_V_NARROW == 0
+    narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and whole_tiles
     dot = torch.bfloat16 if narrow else torch.float32
 
     def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:
@@ -298,7 +314,7 @@ def gdn_prefill(
         num_stages=1,
         **shared,
     )
-    walk_v = min(BLOCK_V, block_v)
+    walk_v = BLOCK_V_NARROW if narrow else min(BLOCK_V_WIDE, block_v)
     _walk_kernel[(rows * v_heads, triton.cdiv(value_dim, walk_v))](
         mixed_qkv,
         W,
@@ -311,11 +327,13 @@ def gdn_prefill(
         query_end,
         state_slots,
         has_initial_state,
+        *(snapshot or (query_start, query_start)),
         *mixed_qkv.stride(),
         *ssm_state.stride(),
         *out.stride(),
         state_slots.stride(0),
         BLOCK_V=walk_v,
+        HAS_SNAPSHOT=snapshot is not None,
         num_warps=4,
         num_stages=2 if narrow and block_k <= 128 else 1,
         **shared,

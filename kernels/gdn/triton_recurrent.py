@@ -36,6 +36,7 @@ def _recurrent_kernel(
     query_end,
     initial_slots,
     output_slots,
+    snapshot_slots,
     max_query_len,
     scale,
     qkv_token,
@@ -64,6 +65,7 @@ def _recurrent_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
 ):
     row = (tl.program_id(0) // V_HEADS).to(tl.int64)
     head = tl.program_id(0) % V_HEADS
@@ -107,6 +109,10 @@ def _recurrent_kernel(
         target = tl.load(output_slots + row * output_slots_row + j * output_slots_token).to(tl.int64)
         if target >= 0:
             tl.store(new_tile + target * new_slot, s.to(new_state.dtype.element_ty), mask=tile)
+    if HAS_SNAPSHOT:
+        snapshot = tl.load(snapshot_slots + row).to(tl.int64)
+        if snapshot >= 0:
+            tl.store(new_tile + snapshot * new_slot, s.to(new_state.dtype.element_ty), mask=tile)
 
 
 def gdn_recurrent(
@@ -121,6 +127,7 @@ def gdn_recurrent(
     output_slots: Tensor,
     out: Tensor,
     output_state: Tensor,
+    snapshot_slots: Tensor | None,
 ) -> None:
     """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
 
@@ -144,6 +151,7 @@ def gdn_recurrent(
         query_end,
         initial_slots,
         output_slots,
+        query_start if snapshot_slots is None else snapshot_slots,
         max_query_len,
         key_dim**-0.5,
         *mixed_qkv.stride(),
@@ -160,5 +168,6 @@ def gdn_recurrent(
         VALUE_DIM=value_dim,
         BLOCK_K=triton.next_power_of_2(key_dim),
         BLOCK_V=block_v,
+        HAS_SNAPSHOT=snapshot_slots is not None,
         num_warps=4,
     )

@@ -1,0 +1,112 @@
+"""What the Gated DeltaNet layers must know of a step, built once a step from SGLang's forward batch.
+
+SGLang gives every request one slot of its state pool. Prefill and decode advance the state in that slot. A verify step
+leaves it alone and writes the state after every draft token to the pool's scratch, row n of the batch to row n of the
+scratch; SGLang copies the accepted one back when it knows how many drafts were right. With the radix strategies
+`extra_buffer` and `extra_buffer_lazy` a step also keeps snapshots for the radix tree: a prefill where a chunk ends, a
+decode after its token, in a slot that the scheduler chose (`mamba_track_*`).
+
+Nothing here looks at a value on the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows
+
+PADDING = -1
+"""The slot of rows that only fill up a batch: nothing is read or written."""
+
+
+@dataclass(frozen=True)
+class Qwen3NextGdnMetadata:
+    """The rows of one step; a row set is None when no request of the step needs it.
+
+    mamba_cache_indices [rows]: every row's slot, `PADDING` for padding. SGLang reads it under this name when it commits
+    what a verify step accepted.
+    """
+
+    mamba_cache_indices: torch.Tensor
+    prefill: PrefillRows | None = None
+    recurrent: RecurrentRows | None = None
+    drafts: DraftRows | None = None
+
+
+class DraftPlaces:
+    """Where a verify step leaves its states: row n of the batch in row n of the scratch, token by token."""
+
+    def __init__(self, num_rows: int, num_tokens: int, device: torch.device) -> None:
+        self.num_tokens = num_tokens
+        self.rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        self.slots = torch.arange(num_rows * num_tokens, dtype=torch.int32, device=device).view(num_rows, num_tokens)
+
+    def of_rows(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows [num_rows], slots [num_rows, tokens]) at fixed addresses, unless there are more rows than the scratch.
+
+        Such rows are padding: where they would go is never looked at.
+        """
+        if num_rows > self.rows.shape[0]:
+            more = DraftPlaces(num_rows, self.num_tokens, self.rows.device)
+            return more.rows, more.slots
+        return self.rows[:num_rows], self.slots[:num_rows]
+
+
+def masked_slots(slots: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`slots` where `mask`, `PADDING` elsewhere."""
+    return torch.where(mask, slots, PADDING)
+
+
+def prefill_rows(
+    batch: Any,
+    slots: torch.Tensor,
+    snapshot_slots: torch.Tensor | None,
+) -> PrefillRows:
+    """Rows of a step that continues prompts: SGLang's EXTEND, or MIXED, whose decode rows are extensions by one token.
+
+    batch: SGLang's ForwardBatch; snapshot_slots [rows], `PADDING` where the radix tree wants nothing, or None.
+    """
+    positions = batch.mamba_track_aligned_lens() if snapshot_slots is not None else None
+    return PrefillRows(
+        query_start=batch.extend_start_loc,
+        query_end=batch.extend_start_loc + batch.extend_seq_lens,
+        state_slots=slots,
+        has_initial_state=batch.extend_prefix_lens > 0,
+        max_query_len=max(batch.extend_seq_lens_cpu or (batch.input_ids.shape[0],)),
+        snapshot_positions=positions,
+        snapshot_slots=snapshot_slots if positions is not None else None,
+    )
+
+
+def decode_rows(
+    query_start_loc: torch.Tensor, slots: torch.Tensor, snapshot_slots: torch.Tensor | None
+) -> RecurrentRows:
+    """Rows of a step that decodes one token a request; query_start_loc [rows + 1]."""
+    return RecurrentRows(
+        query_start=query_start_loc[:-1],
+        query_end=query_start_loc[1:],
+        conv_slots=slots,
+        initial_slots=slots,
+        output_slots=slots.unsqueeze(1),
+        num_accepted_tokens=None,
+        max_query_len=1,
+        snapshot_slots=snapshot_slots,
+    )
+
+
+def draft_rows(
+    query_start_loc: torch.Tensor, slots: torch.Tensor, places: DraftPlaces, max_query_len: int
+) -> DraftRows:
+    """Rows of a step that verifies drafts; query_start_loc [rows + 1]; a row has at most max_query_len tokens."""
+    rows, output_slots = places.of_rows(slots.shape[0])
+    return DraftRows(
+        query_start=query_start_loc[:-1],
+        query_end=query_start_loc[1:],
+        state_slots=slots,
+        draft_rows=rows,
+        output_slots=output_slots,
+        max_query_len=max_query_len,
+    )
