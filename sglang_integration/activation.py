@@ -6,10 +6,10 @@ import logging
 import multiprocessing
 from functools import lru_cache
 
+import sglang
 import torch
 
 from qwen3next_plugin.activation import activation_line, plugin_version
-from qwen3next_plugin.compat import installed_version
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.dispatch import describe
 from qwen3next_plugin.settings import read_settings
@@ -34,4 +34,4 @@ def announce() -> None:
     except SettingsError as error:
         refuse(error)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    logger.info(activation_line("sglang", installed_version("sglang") or "unknown", name, describe(device.type)))
+    logger.info(activation_line("sglang", sglang.__version__, name, describe(device.type)))

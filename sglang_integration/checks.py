@@ -1,4 +1,7 @@
-"""What is checked, inside SGLang's own steps, before it loads anything; each is an AROUND hook of its function."""
+"""What is checked, inside SGLang's own steps, before it loads anything; each is an AROUND hook of its function.
+
+They raise PluginError; `registration` makes a refusal of it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,11 @@ from sglang.srt.server_args import ServerArgs
 from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
-from qwen3next_plugin.errors import PluginError, RegistrationError
+from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
 from .config import MODEL_TYPE
-from .refusal import refuse
 from .rope import complete_model_rope
 
 _check_files = lru_cache(maxsize=4)(check_checkpoint)
@@ -31,10 +33,7 @@ def is_qwen3_next(model_config: ModelConfig) -> bool:
 def derive_context_length(original: Callable[..., None], model_config: ModelConfig, context_length: int | None) -> None:
     """Around ModelConfig._derive_context_length, the first to see a config with every override in it."""
     if is_qwen3_next(model_config):
-        try:
-            complete_model_rope(model_config, context_length)
-        except PluginError as error:
-            refuse(error)
+        complete_model_rope(model_config, context_length)
     original(model_config, context_length)
 
 
@@ -44,10 +43,7 @@ def model_config_from(
     """Around ModelConfig.from_server_args: the config, with its overrides, meets ranks and files."""
     model_config = original(server_args, *args, **kwargs)
     if is_qwen3_next(model_config):
-        try:
-            _check(parse_config(model_config.hf_config), Path(model_config.model_path), server_args)
-        except PluginError as error:
-            refuse(error)
+        _check(parse_config(model_config.hf_config), Path(model_config.model_path), server_args)
     return model_config
 
 
@@ -65,5 +61,5 @@ def model_architecture(
     if is_qwen3_next(model_config) and not model.__module__.startswith(f"{__package__}."):
         remedy = "drop --model-impl and what else replaces it, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"
         found = f"{model.__module__}.{model.__qualname__}"
-        refuse(RegistrationError(f"SGLang would serve {found} in place of qwen3next-plugin's model: {remedy}."))
+        raise RegistrationError(f"SGLang would serve {found} in place of qwen3next-plugin's model: {remedy}.")
     return model, name

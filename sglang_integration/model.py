@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
+from .activation import announce
 from .decoder import Qwen3NextDecoderLayer
 from .loading import load_weights
 from .spec import cos_sin_table, spec_of
@@ -102,6 +103,7 @@ class Qwen3NextForCausalLM(SharedEmbeddingAndHead):
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
         super().__init__(config, quant_config)
+        announce()
         spec = self.spec
         self.model = Qwen3NextModel(spec, quant_config, prefix=f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, prefix="lm_head")

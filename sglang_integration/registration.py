@@ -12,13 +12,16 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import sglang
 import torch
 
-from qwen3next_plugin.compat import Reliance, check_engine, check_reliances, installed_version
-from qwen3next_plugin.errors import RegistrationError
+from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
+from qwen3next_plugin.errors import PluginError, RegistrationError
 from qwen3next_plugin.kernels.dispatch import prefer
 from qwen3next_plugin.refusal import end_with
 from qwen3next_plugin.settings import Settings
+
+from .refusal import refuse
 
 _MODELS = {
     "Qwen3NextForCausalLM": (f"{__package__}.model", "Qwen3NextForCausalLM"),
@@ -63,7 +66,7 @@ def activate(settings: Settings) -> None:
 
     Raises UnsupportedEngineError, DriftError, SettingsError or RegistrationError; SGLang is unchanged but for the last.
     """
-    check_engine("sglang", installed_version("sglang"))
+    check_engine("sglang", sglang.__version__)
     check_reliances(RELIANCES)
     settings.check_device("cuda" if torch.cuda.is_available() else "cpu")
     prefer(settings.backend)
@@ -89,36 +92,32 @@ def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from . import checks
+    from .gdn_backend import make_gdn_backend
 
-    HookRegistry.register(_GDN_BACKEND, _answering(_make_gdn_backend, 0), HookType.REPLACE)
+    HookRegistry.register(_GDN_BACKEND, _guarded(make_gdn_backend, 0), HookType.REPLACE)
     around = {
         f"{_MODEL_CONFIG}._derive_context_length": checks.derive_context_length,
         f"{_MODEL_CONFIG}.from_server_args": checks.model_config_from,
         _ARCHITECTURE: checks.model_architecture,
     }
     for target, hook in around.items():
-        HookRegistry.register(target, _answering(hook, 1), HookType.AROUND)
+        HookRegistry.register(target, _guarded(hook, 1), HookType.AROUND)
     _verify_after(HookRegistry, (_GDN_BACKEND, *around))
 
 
-def _make_gdn_backend(runner: Any) -> Any:
-    # TEMPORARY until gdn_backend.py is there: SGLang's own class.
-    try:
-        from .gdn_backend import make_gdn_backend
-    except ModuleNotFoundError:
-        print("qwen3next-plugin: TEMPORARY stock GDN backend", flush=True)
-        return pkgutil.resolve_name(_GDN_BACKEND).__wrapped__(runner)
-    return make_gdn_backend(runner)
-
-
-def _answering(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
-    """The hook, answering the probe where its argument number ``subject`` would be the model."""
+def _guarded(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
+    """The hook, refusing what it raises, and answering the probe where argument number ``subject`` would be a model."""
 
     @functools.wraps(hook)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return _PROBE if args[subject : subject + 1] == (_PROBE,) else hook(*args, **kwargs)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if args[subject : subject + 1] == (_PROBE,):
+            return _PROBE
+        try:
+            return hook(*args, **kwargs)
+        except PluginError as error:
+            refuse(error)
 
-    return answer
+    return guarded
 
 
 def _verify_after(registry: Any, targets: tuple[str, ...]) -> None:
