@@ -17,6 +17,7 @@ from qwen3next_plugin.rope_request import written_rope
 from .refusal import refuse
 
 MODEL_TYPE = "qwen3_next"
+ARCHITECTURE = "Qwen3NextForCausalLM"
 # Where what config.json said of the rope is kept, since SGLang writes overrides over it.
 WRITTEN_ROPE = "qwen3next_written_rope"
 
@@ -69,7 +70,7 @@ class CheckedConfigParser(HfModelConfigParser):
         self, model: str | Path, trust_remote_code: bool, revision: str | None = None, **kwargs: Any
     ) -> PretrainedConfig:
         raw, _ = PretrainedConfig.get_config_dict(model, revision=revision, **kwargs)
-        if raw.get("model_type") != MODEL_TYPE:
+        if raw.get("model_type") != MODEL_TYPE and ARCHITECTURE not in (raw.get("architectures") or ()):
             return super().parse(model, trust_remote_code, revision, **kwargs)
         try:
             parse_config(raw)

@@ -30,6 +30,12 @@ _MODELS = {
 _GDN_BACKEND = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
 _MODEL_CONFIG = "sglang.srt.configs.model_config.ModelConfig"
 _ARCHITECTURE = "sglang.srt.model_loader.utils.get_model_architecture"
+_AROUND = {  # to functions of `checks`
+    f"{_MODEL_CONFIG}._derive_context_length": "derive_context_length",
+    f"{_MODEL_CONFIG}.from_server_args": "model_config_from",
+    _ARCHITECTURE: "model_architecture",
+}
+TARGETS = (_GDN_BACKEND, *_AROUND)
 
 RELIANCES = [
     Reliance("sglang.srt.plugins.hook_registry.HookRegistry", "to hang in hooks", attributes=("register",)),
@@ -95,14 +101,9 @@ def _register_hooks() -> None:
     from .gdn_backend import make_gdn_backend
 
     HookRegistry.register(_GDN_BACKEND, _guarded(make_gdn_backend, 0), HookType.REPLACE)
-    around = {
-        f"{_MODEL_CONFIG}._derive_context_length": checks.derive_context_length,
-        f"{_MODEL_CONFIG}.from_server_args": checks.model_config_from,
-        _ARCHITECTURE: checks.model_architecture,
-    }
-    for target, hook in around.items():
-        HookRegistry.register(target, _guarded(hook, 1), HookType.AROUND)
-    _verify_after(HookRegistry, (_GDN_BACKEND, *around))
+    for target, name in _AROUND.items():
+        HookRegistry.register(target, _guarded(getattr(checks, name), 1), HookType.AROUND)
+    _verify_after(HookRegistry)
 
 
 def _guarded(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
@@ -120,25 +121,25 @@ def _guarded(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
     return guarded
 
 
-def _verify_after(registry: Any, targets: tuple[str, ...]) -> None:
+def _verify_after(registry: Any) -> None:
     """Look at everything again when SGLang, which calls no plugin then, has applied all plugins' hooks."""
     apply_hooks = registry.apply_hooks
 
     def apply_and_verify() -> None:
         apply_hooks()
         try:
-            verify(targets)
+            verify()
         except RegistrationError as error:
             end_with(error)
 
     registry.apply_hooks = staticmethod(apply_and_verify)
 
 
-def verify(targets: tuple[str, ...]) -> None:
+def verify() -> None:
     """Raise RegistrationError for a hook that is not in force or a model class that another plugin put in its place."""
     from sglang.srt.models.registry import ModelRegistry
 
-    for target in targets:
+    for target in TARGETS:
         if not _answers(target):
             raise RegistrationError(f"the hook on {target} is not in force: {_remedy()}.")
     for architecture, (module, name) in _MODELS.items():

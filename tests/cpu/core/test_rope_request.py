@@ -1,6 +1,5 @@
 """What users ask of the rope, completed from the checkpoint or refused with the dict that would have been right."""
 
-import json
 from typing import Any
 
 import pytest
@@ -19,11 +18,8 @@ from qwen3next_plugin.rope import attention_factor, build_cos_sin, inverse_frequ
 from qwen3next_plugin.rope_request import CompleteRope, RopeShortcut, check_context, complete_rope
 from tests.configs import new_form, old_form
 from tests.helpers import relative_error
+from tests.wrong_ropes import MILLION, TRAINED, WRONG, YARN, printed_dict
 
-TRAINED = 262144
-MILLION = 4 * TRAINED
-GUIDE = json.loads('{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}}')
-YARN = GUIDE["rope_scaling"]
 PUBLISHED = config_of("80b")
 USUAL = 1.138629436111989  # 0.1 ln(4) + 1, Peng et al. 2023, eq. 22
 WHOLE = {
@@ -73,7 +69,7 @@ def test_the_checkpoints_own_rope_where_nothing_is_asked() -> None:
     plain = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
     found = complete_rope(old_form(rope_theta=1e6, partial_rotary_factor=0.5))
     assert (found.parameters, found.context_length) == (plain, 1024)
-    edited = PUBLISHED | GUIDE
+    edited = PUBLISHED | {"rope_scaling": YARN}
     assert complete_rope(edited).parameters == WHOLE
     assert complete_rope(edited).context_length == MILLION
     assert complete_rope(edited | {"max_position_embeddings": 2 * TRAINED}).context_length == 2 * TRAINED
@@ -82,7 +78,7 @@ def test_the_checkpoints_own_rope_where_nothing_is_asked() -> None:
 
 
 def test_an_extended_length_in_config_json_does_not_cover_for_a_smaller_factor() -> None:
-    edited = PUBLISHED | GUIDE | {"max_position_embeddings": MILLION}
+    edited = PUBLISHED | {"rope_scaling": YARN} | {"max_position_embeddings": MILLION}
     assert complete_rope(edited, asked_length=700_000).context_length == 700_000
     assert complete_rope(edited, shortcut=RopeShortcut(2.0)).context_length == 2 * TRAINED
     with pytest.raises(ConfigError, match="is 700000 while YaRN with factor 2 covers 524288"):
@@ -94,56 +90,6 @@ def test_the_context_is_the_trained_one_times_the_factor(factor: float, trained:
     found = complete_rope(old_form(max_position_embeddings=trained), shortcut=RopeShortcut(factor))
     assert abs(found.context_length - factor * trained) <= 0.5
     assert found.parameters["original_max_position_embeddings"] == trained
-
-
-# request, what the sentence has to name, the factor of the right dict
-WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], float]] = {
-    "two attention factors": (
-        {"asked": YARN | {"attn_factor": 1.2, "attention_factor": 1.0}},
-        ("attn_factor makes the factor 1.36636", "attention_factor is 1"),
-        4,
-    ),
-    "attn_factor alone": ({"asked": YARN | {"attn_factor": 1.0}}, ("attn_factor", "attention_factor 1.13863"), 4),
-    "a factor too small": (
-        {"asked": YARN | {"factor": 2.0}, "asked_length": MILLION},
-        ("is 1048576", "factor 2 covers 524288"),
-        4,
-    ),
-    "a length without YaRN": ({"asked_length": 600_000}, ("is 600000", "without YaRN covers 262144"), 4),
-    "a length far out": ({"shortcut": RopeShortcut(4.0), "asked_length": 1_500_000}, ("covers 1048576",), 6),
-    "another theta": ({"asked": YARN | {"rope_theta": 10000.0}}, ("rope_theta is 10000:", "10000000"), 4),
-    "full rotary": ({"asked": YARN | {"partial_rotary_factor": 1.0}}, ("partial_rotary_factor is 1:", "0.25"), 4),
-    "another original length": (
-        {"asked": YARN | {"original_max_position_embeddings": 32768}},
-        ("original_max_position_embeddings is 32768", "262144"),
-        4,
-    ),
-    "a factor that shrinks": ({"asked": YARN | {"factor": 0.5}}, ("factor is 0.5", "at least 1"), 4),
-    "no factor": ({"asked": {"rope_type": "yarn"}}, ("factor is missing",), 4),
-    "an unknown type": ({"asked": YARN | {"rope_type": "dynamic"}}, ("'dynamic'", "default, yarn"), 4),
-    "no type": ({"asked": {"factor": 3.0}}, ("rope_type is missing", "yarn"), 3),
-    "DeepSeek's keys": ({"asked": YARN | {"mscale": 1.0}}, ("mscale", "attention_factor"), 4),
-    "two types": ({"asked": YARN | {"type": "linear"}}, ("type is 'linear'", "rope_type is 'yarn'"), 4),
-    "a factor that does nothing": ({"asked": YARN | {"rope_type": "default"}}, ("does nothing", "'yarn'"), 4),
-    "shortcut against factor": (
-        {"asked": YARN, "shortcut": RopeShortcut(2.0)},
-        ("factor is 4", "QWEN3NEXT_ROPE says 2"),
-        2,
-    ),
-    "shortcut against plain rotary": (
-        {"asked": {"rope_type": "default"}, "shortcut": RopeShortcut(2.0)},
-        ("'default' while QWEN3NEXT_ROPE",),
-        2,
-    ),
-    "shortcut against the checkpoint": ({"shortcut": RopeShortcut(4.0, 32768)}, ("QWEN3NEXT_ROPE", "262144"), 4),
-    "text for a number": ({"asked": YARN | {"factor": "4"}}, ("factor is '4' (str)", "a number"), 4),
-    "text for a flag": ({"asked": YARN | {"truncate": "no"}}, ("truncate is 'no' (str)", "true or false"), 4),
-    "a bool for a number": ({"asked": YARN | {"factor": True}}, ("factor is True (bool)", "a number"), 4),
-    "not a number": ({"asked": YARN | {"factor": float("nan")}}, ("factor is nan",), 4),
-    "betas swapped": ({"asked": YARN | {"beta_fast": 1, "beta_slow": 32}}, ("beta_fast is 1", "beta_slow (32)"), 4),
-    "a misspelt key": ({"asked": YARN | {"beta_faster": 32}}, ("beta_faster is not a field",), 4),
-    "a dict a layer kind": ({"asked": {"full_attention": YARN, "rope_type": "yarn"}}, ("full_attention",), 4),
-}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -158,13 +104,6 @@ def test_a_wrong_dict_is_refused_with_the_right_one(name: str) -> None:
     found = complete_rope(PUBLISHED, asked=right)
     assert found.parameters == right
     assert right["factor"] == factor and found.context_length >= request.get("asked_length", 0)
-
-
-def printed_dict(message: str) -> dict[str, Any]:
-    right: dict[str, Any] = json.loads(message[message.index("{") : -1])
-    assert list(right) == ["rope_parameters"]
-    parameters: dict[str, Any] = right["rope_parameters"]
-    return parameters
 
 
 def test_more_context_than_a_complete_rope_covers() -> None:
