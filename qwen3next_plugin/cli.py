@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .activation import DISTRIBUTION, plugin_version
+from .bench.command import bench_app
 from .demo.command import demo_checkpoint
 from .doctor.command import doctor
 from .errors import ConfigError, PluginError, WeightError
@@ -52,6 +53,7 @@ def _options(
 
 app.command("demo-checkpoint")(demo_checkpoint)
 app.command()(doctor)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()

@@ -35,7 +35,6 @@ from .kernels.gemm.reference import quantize_block
 from .spec import Qwen3NextSpec
 from .weights_map import SCALE_SUFFIX, Scope, in_scope
 
-LOAD_FORMAT = "qwen3next-synthetic"
 SIGMA = 0.02
 ROUTER_SPREAD = 0.08
 EXPERTS_AT_ONCE = 64
@@ -64,10 +63,10 @@ def synthetic_tensors(
 
 
 def _experts(prefix: str, spec: Qwen3NextSpec, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    hidden, width = spec.hidden_size, spec.moe.intermediate_size
+    up = (spec.moe.intermediate_size, spec.hidden_size)
     for first in range(0, spec.moe.num_experts, EXPERTS_AT_ONCE):
         count = min(EXPERTS_AT_ONCE, spec.moe.num_experts - first)
-        for part, shape in (("gate_proj", (width, hidden)), ("up_proj", (width, hidden)), ("down_proj", (hidden, width))):
+        for part, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", up[::-1])):
             generator = _generator(f"{seed} {prefix}.{first}.{part}.weight", device)
             values = torch.empty(count, *shape, device=device).normal_(0.0, SIGMA, generator=generator)
             stacked = dict(_pair(f"{prefix}.{first}.{part}.weight", values, spec))

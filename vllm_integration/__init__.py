@@ -4,7 +4,7 @@
 def register() -> None:
     """Called by vLLM in every process, possibly more than once.
 
-    With QWEN3NEXT_PLUGIN=0 it leaves models and kernels alone; what measures stock vLLM beside ours is there all the same.
+    With QWEN3NEXT_PLUGIN=0 models and kernels stay vLLM's; what measures them beside ours is there all the same.
     """
     from qwen3next_plugin.errors import PluginError
     from qwen3next_plugin.settings import read_settings

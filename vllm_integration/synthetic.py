@@ -1,9 +1,10 @@
-"""`--load-format qwen3next-synthetic`: vLLM loads weights that are made on the GPU, into stock models and ours alike."""
+"""`--load-format qwen3next-synthetic`: weights made on the GPU, for vLLM's own model and ours alike."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.errors import WeightError
-from qwen3next_plugin.synthetic import LOAD_FORMAT, synthetic_tensors
+from qwen3next_plugin.synthetic import synthetic_tensors
+from qwen3next_plugin.synthetic_names import LOAD_FORMAT
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -38,10 +40,11 @@ class SyntheticModelLoader(BaseModelLoader):
         extra = self.load_config.model_loader_extra_config or {}
         drafter = "MTP" in type(model).__name__
         device = next(model.parameters()).device
+        load: Any = model.load_weights
         start = time.perf_counter()
         spec = load_spec(model_config.model)
         seed = int(extra.get("seed", 0))
-        loaded = model.load_weights(synthetic_tensors(spec, device, seed=seed, scope="mtp" if drafter else "model"))
+        loaded = load(synthetic_tensors(spec, device, seed=seed, scope="mtp" if drafter else "model"))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         missing = {name for name, _ in model.named_parameters()} - (loaded or set()) if loaded is not None else set()

@@ -1,0 +1,178 @@
+"""A whole run: visits in their order, rows within a visit, repeats within a row; the state is saved after each."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin.config import load_spec
+
+from .client import BenchError
+from .engines import EngineSetup, Limits, command_of, environment_of, told
+from .measure import count_experts, decode_length, measure
+from .rows import PROMPT_TOKENS, Engine, Row, Visit
+from .server import Server, free_port, serving
+from .state import State, complete_rows, left_to_do, repeats_wanted
+
+
+@dataclass
+class Bench:
+    """Everything a run needs to know."""
+
+    model: Path
+    visits: list[Visit]
+    setups: Mapping[Engine, EngineSetup]
+    state: State
+    work: Path
+    repeats: int = 3
+    steps: int = 64
+    start_seconds: float = 1800.0
+    deadline: float | None = None  # time.monotonic() after which nothing new is begun
+    tick: Callable[[str, float | None], None] = lambda text, seconds_left: None
+    saved: Callable[[], None] = lambda: None
+    seconds_of: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> bool:
+        """Measures all that is left. Returns whether everything is there now (else the deadline came first)."""
+        spec = load_spec(self.model)
+        engines = list(dict.fromkeys(visit.side.engine for visit in self.visits))
+        abouts = {engine: self._about(engine) for engine in engines}
+        machine = next(iter(abouts.values()))["machine"]
+        session = self.state.session(machine)
+        for engine, about in abouts.items():
+            session["about"].setdefault(engine, about)
+        self._save()
+        elsewhere: set[str] = set()
+        for other in self.state.data["sessions"]:
+            if other is not session:
+                elsewhere |= complete_rows(other, self.visits, self.repeats)
+        for visit, rows in left_to_do(session, self.visits, self.repeats):
+            wanted = [row for row in rows if row.name not in elsewhere]
+            if not wanted:
+                continue
+            if self._late(self.seconds_of.get("start", 0.0)):
+                return False
+            if not self._visit(session, visit, wanted, spec.vocab_size):
+                return False
+        return True
+
+    def _about(self, engine: Engine) -> dict[str, Any]:
+        """Ceilings and versions, from a process in the engine's environment."""
+        self.tick(f"{engine}: measuring what the machine can do", None)
+        setup = self.setups[engine]
+        command = [setup.python, "-m", "qwen3next_plugin.bench.ceilings"]
+        done = subprocess.run(command, env=setup.variables(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"{engine}: the ceilings could not be measured: {done.stderr.strip().splitlines()[-1:]}")
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def _limits(self) -> Limits:
+        rows = [row for visit in self.visits for row in visit.rows]
+        requests = max([int(row.size) for row in rows if row.kind == "decode"] + [64 if self._has("traffic") else 1])
+        decode = [PROMPT_TOKENS + decode_length(row, self.steps) for row in rows if row.kind == "decode"]
+        prompts = [row.prompt_tokens + 128 for row in rows]
+        return Limits(-(-max(decode + prompts + [256]) // 64) * 64, requests)
+
+    def _has(self, kind: str) -> bool:
+        return any(row.kind == kind for visit in self.visits for row in visit.rows)
+
+    def _visit(self, session: dict[str, Any], visit: Visit, rows: list[Row], vocab_size: int) -> bool:
+        known = session["visits"].get(visit.name)
+        work = self.work / visit.name
+        record = Path(tempfile.mkdtemp(prefix="record-", dir=_made(work)))
+        # Sides share what compilers made, unless their starts are to be measured.
+        caches = self.work / "caches" / (visit.side.name if self._has("start") else visit.side.engine)
+        if visit.cold and known is None and any(row.kind == "start" for row in rows):
+            shutil.rmtree(caches, ignore_errors=True)
+        _made(caches)
+        setup, port, limits = self.setups[visit.side.engine], free_port(), self._limits()
+        command = command_of(visit.side, setup, self.model, limits, port, eager=visit.evidence)
+        environment = environment_of(visit.side, setup, caches, record, experts=visit.evidence)
+        places = {str(self.model): "model", str(caches): "caches", str(record): "record"}
+        seconds = self.start_seconds if self.deadline is None else self.deadline - time.monotonic()
+
+        def tick(text: str) -> None:
+            self.tick(f"{visit.name}: {text}", self._left(session))
+
+        began = time.monotonic()
+        with serving(command, environment, port, work / "server.log", record, seconds=seconds, tick=tick) as server:
+            self.seconds_of["start"] = time.monotonic() - began
+            if known is None:
+                known = {
+                    "side": visit.side.name,
+                    "turn": visit.turn,
+                    "cold": visit.cold,
+                    "facts": server.facts,
+                    **told(command, environment, places),
+                    "rows": {},
+                    "evidence": {},
+                }
+                session["visits"][visit.name] = known
+            self._save()
+            for row in rows:
+                if visit.evidence:
+                    tick(f"{row.name}: counting experts")
+                    known["evidence"][row.name] = count_experts(server, row, limits.chunk, vocab_size)
+                    self._save()
+                elif not self._row(session, known, server, row, vocab_size, tick):
+                    return False
+        return True
+
+    def _row(
+        self,
+        session: dict[str, Any],
+        known: dict[str, Any],
+        server: Server,
+        row: Row,
+        vocab_size: int,
+        tick: Callable[[str], None],
+    ) -> bool:
+        repeats = known["rows"].setdefault(row.name, [])
+        if row.kind == "prefill" and not repeats:
+            tick(f"{row.name}: once without counting")
+            measure(server, row, -1, self.steps, vocab_size)
+        while len(repeats) < repeats_wanted(row, self.repeats):
+            if self._late(self.seconds_of.get(row.name, 0.0)):
+                return False
+            tick(f"{row.name}: repeat {len(repeats) + 1} of {repeats_wanted(row, self.repeats)}")
+            began = time.monotonic()
+            repeats.append(measure(server, row, len(repeats), self.steps, vocab_size))
+            if row.kind != "start":
+                self.seconds_of[row.name] = time.monotonic() - began
+            self._save()
+        return True
+
+    def _left(self, session: dict[str, Any]) -> float | None:
+        """Seconds that what is left will take, going by what has been done; None while nothing has."""
+        total = 0.0
+        todo = left_to_do(session, self.visits, self.repeats)
+        for visit, rows in todo:
+            known = session["visits"].get(visit.name)
+            if known is None:
+                if "start" not in self.seconds_of:
+                    return None
+                total += self.seconds_of["start"]
+            known_rows = [seconds for name, seconds in self.seconds_of.items() if name != "start"]
+            mean = sum(known_rows) / max(len(known_rows), 1)
+            for row in rows:
+                done = 0 if known is None else len(known["rows"].get(row.name, ()))
+                count = 1 if visit.evidence else repeats_wanted(row, self.repeats) - done
+                total += count * self.seconds_of.get(row.name, mean) if row.kind != "start" else 0.0
+        return total
+
+    def _late(self, needed: float) -> bool:
+        return self.deadline is not None and time.monotonic() + needed > self.deadline
+
+    def _save(self) -> None:
+        self.state.save()
+        self.saved()
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
