@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
+if not (find_spec("vllm") or find_spec("sglang")):
+    pytest.skip("neither vLLM nor SGLang is installed here", allow_module_level=True)
 
+from qwen3next_plugin.demo.command import copy_shipped
 from qwen3next_plugin.demo.random import write_random_checkpoint
 
 
@@ -31,3 +34,11 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return written[shape]
 
     return write
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model that this project ships."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "demo"
+    copy_shipped(directory)
+    return directory

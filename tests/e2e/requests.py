@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
-from .server import Server
-
-TOP_LOGPROBS = 20
-
-
-@dataclass
-class Completion:
-    """One answer: its tokens, their log-probabilities, the likeliest alternatives at each place, and cached tokens."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    top_logprobs: list[dict[int, float]]
-    cached_tokens: int
-    finish_reason: str
-    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
+from .engine import Chat, Completion
+from .server import Server, engine
 
 
 def complete(
@@ -30,47 +16,25 @@ def complete(
     max_tokens: int,
     *,
     temperature: float = 0.0,
+    seed: int | None = None,
     score_prompt: bool = False,
     ignore_eos: bool = True,
-    **options: Any,
 ) -> Completion:
-    """/v1/completions for a prompt of token ids, greedy unless told otherwise.
+    """An answer to a prompt of token ids, greedy unless told otherwise.
 
-    `score_prompt` asks for the log-probability of each prompt token as well; vLLM then recomputes the whole prompt
-    without reading the prefix cache. `prompt_logprobs[i]` is about prompt token i; nothing is known about the first.
+    `score_prompt` asks for the log-probability of each prompt token as well; the engine then recomputes the whole
+    prompt without reading the prefix cache. `prompt_logprobs[i]` is about prompt token i + 1; nothing is known about
+    the first.
     """
-    extra: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True, "ignore_eos": ignore_eos}
-    if score_prompt:
-        extra["prompt_logprobs"] = TOP_LOGPROBS
-    answer = server.client.completions.create(
-        model=server.model,
-        prompt=list(prompt),
-        max_tokens=max_tokens,
+    return engine().complete(
+        server,
+        prompt,
+        max_tokens,
         temperature=temperature,
-        logprobs=TOP_LOGPROBS,
-        extra_body=extra,
-        **options,
+        seed=seed,
+        score_prompt=score_prompt,
+        ignore_eos=ignore_eos,
     )
-    choice = answer.choices[0].model_dump()
-    usage = answer.usage.model_dump() if answer.usage else {}
-    logprobs = choice["logprobs"]
-    prompt_logprobs = [
-        {int(token): entry["logprob"] for token, entry in place.items()}
-        for place in choice.get("prompt_logprobs") or []
-        if place is not None
-    ]
-    return Completion(
-        tokens=choice["token_ids"],
-        logprobs=logprobs["token_logprobs"],
-        top_logprobs=[{_token_id(t): p for t, p in place.items()} for place in logprobs["top_logprobs"]],
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-        finish_reason=choice["finish_reason"],
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def _token_id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))
 
 
 def complete_together(
@@ -84,3 +48,8 @@ def complete_together(
             for prompt, length in zip(prompts, lengths, strict=True)
         ]
         return [job.result() for job in jobs]
+
+
+def chat(server: Server, messages: list[Any], max_tokens: int, ignore_eos: bool = False) -> Chat:
+    """A greedy answer of /v1/chat/completions with its tokens and those of its prompt."""
+    return engine().chat(server, messages, max_tokens, ignore_eos)

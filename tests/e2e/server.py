@@ -1,94 +1,81 @@
-"""A real `vllm serve` as users start it: a process group of its own on a free loopback port, its log in a file.
+"""A real server as users start it: a process group of its own on a free loopback port, its log in a file.
 
 Start one with `with Server(model, "--flag", ...) as server`. Whatever happens, the whole group is gone afterwards.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import httpx
 import openai
 import psutil
+import pytest
 
 from tests.helpers import engine_environment
 
+from .engine import Counts, Engine, Setup
+
 READY_SECONDS = float(os.environ.get("E2E_READY_SECONDS", "600"))
 STOP_SECONDS = 20.0
-VLLM = Path(sys.executable).with_name("vllm")
+STOCK = {"QWEN3NEXT_PLUGIN": "0"} if os.environ.get("E2E_STOCK") else {}
+"""E2E_STOCK=1 runs the tests on the engine as it is, to tell its mistakes from ours; what is ours then fails."""
 
 ACTIVATION = re.compile(r"qwen3next-plugin \S+ (?:is )?active", re.IGNORECASE)
 """The line that says that this plugin's model runs; the stock engine never writes it."""
 
 
-def flags(
-    num_drafts: int = 0, cache: bool = False, max_model_len: int = 512, dtype: str = "float32", eager: bool = True
-) -> list[str]:
-    """Flags of a small server: blocks of 32 tokens where a state fits in, a cache of 128 MiB, 8 requests at once.
+@lru_cache(maxsize=1)
+def engine() -> Engine:
+    """The engine that is installed beside these tests."""
+    if find_spec("vllm"):
+        from .engine_vllm import VllmEngine
 
-    `eager` leaves torch.compile out, which costs most of a start.
-    """
-    chosen = ["--dtype", dtype, "--max-model-len", str(max_model_len), "--max-num-seqs", "8", "--block-size", "32"]
-    chosen += ["--kv-cache-memory-bytes", str(128 << 20), "--enable-prompt-tokens-details"]
-    chosen += ["--enable-prefix-caching", "--mamba-cache-mode", "align"] if cache else ["--no-enable-prefix-caching"]
-    if num_drafts:
-        chosen += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": num_drafts})]
-    return chosen + ["--enforce-eager"] * eager
+        return VllmEngine()
+    from .engine_sglang import SglangEngine
+
+    return SglangEngine()
+
+
+def parameters(setups: Sequence[Setup]) -> list[Any]:
+    """Setups as parameters of a fixture, by name and with the mark of the short selection."""
+    return [pytest.param(setup, id=str(setup), marks=[pytest.mark.quick] * setup.quick) for setup in setups]
+
+
+def flags(
+    num_drafts: int = 0,
+    cache: bool | str = False,
+    max_model_len: int = 512,
+    dtype: str = "float32",
+    eager: bool = True,
+) -> list[str]:
+    """Flags of a small server; `cache` is True for the engine's default way to cache prefixes."""
+    way = cache if isinstance(cache, str) else engine().cache * cache
+    return engine().flags(Setup("", num_drafts, way, max_model_len, dtype, eager))
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """For engine processes of tests: two threads at most, offline, caches and settings of nobody else."""
-    base = {
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / f"qwen3next-e2e-{os.getuid()}"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CONFIGURE_LOGGING": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "PYTHONUNBUFFERED": "1",
-    }
+    """For engine processes of tests: one thread each, offline, settings of nobody else."""
+    base = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | STOCK
+    own = engine().variables()
     inherited = engine_environment()
-    for name in [n for n in inherited if n.startswith(("QWEN3NEXT_", "VLLM_"))]:
+    for name in [n for n in inherited if n.startswith(("QWEN3NEXT_", *engine().inherited))]:
         del inherited[name]
-    python_path = [p for p in (extra.pop("PYTHONPATH", ""), _vllm_alias(), inherited.get("PYTHONPATH", "")) if p]
-    return inherited | base | extra | {"PYTHONPATH": os.pathsep.join(python_path)}
-
-
-@lru_cache(maxsize=1)
-def _vllm_alias() -> str:
-    """A folder with the metadata of a distribution "vllm", or "" where there is one.
-
-    The `vllm` command of vllm-cpu 0.32.0 asks for the version of the distribution "vllm" and ends with
-    PackageNotFoundError, because its own is called vllm-cpu.
-    """
-    try:
-        metadata.version("vllm")
-        return ""
-    except metadata.PackageNotFoundError:
-        version = f"{metadata.version('vllm-cpu')}+cpu"  # vLLM looks for "cpu" in it to choose its platform
-    folder = Path(tempfile.mkdtemp(prefix="qwen3next-e2e-alias-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    info = folder / f"vllm-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return str(folder)
+    places = (extra.pop("PYTHONPATH", ""), own.pop("PYTHONPATH", ""), inherited.get("PYTHONPATH", ""))
+    return inherited | base | own | extra | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 
 def free_port() -> int:
@@ -113,7 +100,7 @@ class Exited:
 def run_until_exit(
     model: str | Path, *flags: str, env: Mapping[str, str] | None = None, seconds: float = 120.0
 ) -> Exited:
-    """`vllm serve` that is expected to refuse: its exit code and everything it wrote. Fails if it is up or hangs."""
+    """A server that is expected to refuse: its exit code and everything it wrote. Fails if it is up or hangs."""
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
         process = _spawn(model, flags, free_port(), env or {}, log.fileno())
         try:
@@ -130,7 +117,7 @@ def run_until_exit(
 def _spawn(
     model: str | Path, flags: tuple[str, ...], port: int, env: Mapping[str, str], log: int
 ) -> subprocess.Popen[bytes]:
-    command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
+    command = [*engine().command(str(model), port), *flags]
     return subprocess.Popen(
         command, env=environment(**env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
@@ -172,7 +159,7 @@ def _tail(path: Path, lines: int = 60) -> str:
 
 
 class Server:
-    """A running `vllm serve`; `client` talks to it, `log` is all it wrote so far."""
+    """A running server; `client` talks to it, `log` is all it wrote so far."""
 
     def __init__(self, model: str | Path, *flags: str, env: Mapping[str, str] | None = None, name: str = "") -> None:
         self.model = str(model)
@@ -184,6 +171,7 @@ class Server:
         self.log_path = Path(tempfile.mkdtemp(prefix="qwen3next-e2e-")) / f"{self.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.started_in = 0.0
+        self.counts = Counts()
 
     def __enter__(self) -> Server:
         begin = time.monotonic()
@@ -207,7 +195,7 @@ class Server:
         assert self.process is not None
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"vllm serve ended with {self.process.returncode}:\n{_tail(self.log_path)}")
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{_tail(self.log_path)}")
             try:
                 if httpx.get(f"{self.url}/health", timeout=2.0).status_code == 200:
                     return
@@ -242,18 +230,9 @@ class Server:
 
     def acceptance(self) -> tuple[float, float]:
         """(draft tokens, accepted ones) since the start."""
-        prefix = "vllm:spec_decode_num"
-        return self.metric(f"{prefix}_draft_tokens_total"), self.metric(f"{prefix}_accepted_tokens_total")
+        return engine().acceptance(self)
 
     @property
     def preemptions(self) -> float:
-        return self.metric("vllm:num_preemptions_total")
-
-    @property
-    def block_size(self) -> int:
-        """Tokens a cache block, which vLLM may have raised so that a block holds a state."""
-        raised = re.findall(r"Setting attention block size to (\d+) tokens", self.log)
-        if raised:
-            return int(raised[-1])
-        given = self.flags.index("--block-size") if "--block-size" in self.flags else None
-        return 128 if given is None else int(self.flags[given + 1])
+        """How often a running request was thrown out of the cache."""
+        return engine().preemptions(self)

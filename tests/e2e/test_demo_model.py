@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from qwen3next_plugin.demo.command import copy_shipped
-
+from .engine import Setup
 from .oracle import LOGPROB_TOLERANCE, TIE_MARGIN, largest_error, largest_regret
-from .requests import complete
-from .server import Server, flags
+from .requests import chat, complete
+from .server import Server, engine, parameters
 
 STORIES = (
     ["My name is Ada and I live in Oslo.", "What is my name?", "Where do I live?"],
@@ -33,22 +32,14 @@ STORIES = (
 class Served:
     server: Server
     checkpoint: Path
-    num_drafts: int
-    cache: bool
+    setup: Setup
 
 
-@pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoints") / "demo"
-    copy_shipped(directory)
-    return directory
-
-
-@pytest.fixture(scope="module", params=[(1, False), (2, True), (3, True)], ids=["mtp1", "mtp2-cached", "mtp3-cached"])
+@pytest.fixture(scope="module", params=parameters(engine().demo_setups))
 def served(request: pytest.FixtureRequest, demo_checkpoint: Path) -> Iterator[Served]:
-    num_drafts, cache = request.param
-    with Server(demo_checkpoint, *flags(num_drafts, cache, max_model_len=1024), name=f"demo-{num_drafts}") as server:
-        yield Served(server, demo_checkpoint, num_drafts, cache)
+    setup: Setup = replace(request.param, max_model_len=1024)
+    with Server(demo_checkpoint, *engine().flags(setup), name=str(setup)) as server:
+        yield Served(server, demo_checkpoint, setup)
 
 
 def converse(served: Served, story: list[str]) -> int:
@@ -57,39 +48,26 @@ def converse(served: Served, story: list[str]) -> int:
     cached = 0
     for question in story:
         messages.append({"role": "user", "content": question})
-        answer = served.server.client.chat.completions.create(
-            model=served.server.model,
-            messages=messages,
-            max_tokens=60,
-            temperature=0,
-            extra_body={"return_token_ids": True},
-        )
-        content = answer.model_dump()
-        cached += ((content["usage"] or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        prompt, tokens = content["prompt_token_ids"], content["choices"][0]["token_ids"]
-        assert largest_regret(served.checkpoint, prompt, tokens) < TIE_MARGIN, question
-        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        answer = chat(served.server, messages, 60)
+        cached += answer.cached_tokens
+        assert largest_regret(served.checkpoint, answer.prompt, answer.tokens) < TIE_MARGIN, question
+        messages.append({"role": "assistant", "content": answer.text})
     return cached
 
 
 def test_eight_conversations_at_once_answer_as_the_oracle(served: Served) -> None:
     with ThreadPoolExecutor(8) as pool:
         cached = sum(pool.map(lambda story: converse(served, story), STORIES))
-    assert served.cache or cached == 0
+    assert served.setup.cache or cached == 0
 
 
 def test_it_remembers_what_it_was_told(served: Served) -> None:
-    answer = served.server.client.chat.completions.create(
-        model=served.server.model,
-        messages=[
-            {"role": "user", "content": "My name is Ada."},
-            {"role": "assistant", "content": "Nice to meet you, Ada."},
-            {"role": "user", "content": "What is my name?"},
-        ],
-        max_tokens=40,
-        temperature=0,
-    )
-    assert "Ada" in (answer.choices[0].message.content or "")
+    messages: list[Any] = [
+        {"role": "user", "content": "My name is Ada."},
+        {"role": "assistant", "content": "Nice to meet you, Ada."},
+        {"role": "user", "content": "What is my name?"},
+    ]
+    assert "Ada" in chat(served.server, messages, 40).text
 
 
 def test_long_conversations_start_from_the_cache(served: Served) -> None:
@@ -110,7 +88,7 @@ def test_long_conversations_start_from_the_cache(served: Served) -> None:
         assert largest_error(served.checkpoint, prompt, found) < LOGPROB_TOLERANCE
         text = tokenizer.decode(found.tokens, skip_special_tokens=True)
         messages.append({"role": "assistant", "content": text})
-    assert (cached > 0) == served.cache
+    assert (cached > 0) == bool(served.setup.cache)
 
 
 def test_more_than_half_of_the_drafts_are_kept(served: Served) -> None:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import openai
 import pytest
 
+from .engine import RefusedError, Setup
 from .oracle import LOGPROB_TOLERANCE, golden_prompts, largest_error, random_prompt
 from .requests import complete, complete_together
-from .server import Server, flags
+from .server import Server, engine, parameters
 
 CONTEXT = 200
-NUM_BLOCKS = 48
+LONGEST = CONTEXT - engine().prompt_reserve
 
 
-@pytest.fixture(scope="module", params=[0, 3], ids=["no mtp", "mtp3"])
+@pytest.fixture(scope="module", params=parameters(engine().limit_setups))
 def served(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path]) -> Iterator[tuple[Server, Path]]:
-    checkpoint = random_checkpoint("ratio2")
-    small = [*flags(request.param, cache=True, max_model_len=CONTEXT), "--num-gpu-blocks-override", str(NUM_BLOCKS)]
-    with Server(checkpoint, *small, name=f"limits-{request.param}") as server:
+    setup: Setup = replace(request.param, max_model_len=CONTEXT)
+    checkpoint = random_checkpoint(setup.shape)
+    small = [*engine().flags(setup), *engine().small_pool()]
+    with Server(checkpoint, *small, name=f"limits-{setup}") as server:
         yield server, checkpoint
 
 
-@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT - 2, 161, 160, 159])
+@pytest.mark.parametrize("length", [LONGEST, LONGEST - 1, 161, 160, 159])
 def test_an_answer_may_fill_the_context(served: tuple[Server, Path], length: int) -> None:
     server, checkpoint = served
     prompt = random_prompt(length, length)
-    for found in (complete(server, prompt, CONTEXT - length), complete(server, prompt, CONTEXT - length)):
-        assert len(found.tokens) == CONTEXT - length
+    room = CONTEXT - engine().context_reserve - length
+    for found in (complete(server, prompt, room), complete(server, prompt, room)):
+        assert len(found.tokens) == room
         assert found.finish_reason == "length"
         assert largest_error(checkpoint, prompt, found) < LOGPROB_TOLERANCE
 
@@ -37,7 +40,7 @@ def test_an_answer_may_fill_the_context(served: tuple[Server, Path], length: int
 def test_a_token_more_is_refused(served: tuple[Server, Path]) -> None:
     server, _ = served
     for length in (CONTEXT, CONTEXT + 1):
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(RefusedError):
             complete(server, random_prompt(1, length), 2)
     server.assert_alive()
 

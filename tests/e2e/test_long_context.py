@@ -1,4 +1,4 @@
-"""The demo model at four times the length it was made for: YaRN in each of vLLM's ways, laid beside the oracle's."""
+"""The demo model at four times the length it was made for: YaRN in each of an engine's ways, beside the oracle's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -17,9 +16,10 @@ from qwen3next_plugin.demo.command import copy_shipped
 from qwen3next_plugin.reference import ReferenceCache
 from qwen3next_plugin.rope_request import RopeShortcut, complete_rope
 
+from .engine import Completion, RefusedError
 from .oracle import LOGPROB_TOLERANCE, oracle
-from .requests import Completion, complete
-from .server import Server, flags
+from .requests import complete
+from .server import Server, engine, flags
 
 FACTOR = 4
 TRAINED = 4096
@@ -27,9 +27,9 @@ ANSWER = 24
 ORACLE_CHUNK = 512  # the oracle's attention scores of 16384 tokens at once would be 8 GiB a tensor
 
 YARN = {"rope_type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": TRAINED}
-WAYS = {
+WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
     "shortcut": ([], {"QWEN3NEXT_ROPE": f"yarn:{FACTOR}"}),
-    "overrides": (["--hf-overrides", json.dumps({"rope_scaling": YARN})], {}),
+    "overrides": (engine().override({"rope_scaling": YARN}), {}),
 }
 
 
@@ -47,10 +47,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return shipped, extended
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[pytest.param("shortcut", marks=pytest.mark.quick), "overrides"])
 def server(request: pytest.FixtureRequest, checkpoints: tuple[Path, Path]) -> Iterator[Server]:
     more, env = WAYS[request.param]
-    arguments = [*flags(num_drafts=1, max_model_len=FACTOR * TRAINED), *more]
+    arguments = [*flags(num_drafts=2, max_model_len=FACTOR * TRAINED), *more]
     with Server(checkpoints[0], *arguments, env=env, name=f"long-{request.param}") as started:
         yield started
 
@@ -92,7 +92,7 @@ def conversation(checkpoint: Path, length: int) -> list[int]:
 
 
 def test_the_last_tokens_that_fit_are_scored_as_by_the_oracle(server: Server, checkpoints: tuple[Path, Path]) -> None:
-    prompt = conversation(checkpoints[0], FACTOR * TRAINED - ANSWER)
+    prompt = conversation(checkpoints[0], FACTOR * TRAINED - engine().context_reserve - ANSWER)
     found = complete(server, prompt, ANSWER)
     assert largest_difference(checkpoints[1], prompt, found) < LOGPROB_TOLERANCE
 
@@ -107,6 +107,6 @@ def test_short_prompts_are_scored_with_the_same_rope(server: Server, checkpoints
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(server: Server, checkpoints: tuple[Path, Path]) -> None:
-    with pytest.raises(openai.BadRequestError):
+    with pytest.raises(RefusedError):
         complete(server, conversation(checkpoints[0], FACTOR * TRAINED), 1)
     server.assert_alive()

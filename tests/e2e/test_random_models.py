@@ -6,12 +6,16 @@ In random weights nothing hides: log-probabilities come near the oracle's only i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from .engine import Setup
 from .oracle import (
     LOGPROB_TOLERANCE,
     TIE_MARGIN,
@@ -21,21 +25,10 @@ from .oracle import (
     largest_regret,
     random_prompt,
 )
-from .requests import complete, complete_together
-from .server import Server, flags
+from .requests import chat, complete, complete_together
+from .server import Server, engine, parameters
 
 LENGTHS = (3, 17, 33, 64, 65, 90, 128, 150)
-
-
-@dataclass(frozen=True)
-class Setup:
-    shape: str
-    num_drafts: int
-    cache: bool
-    eager: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.shape}-mtp{self.num_drafts}" + "-cached" * self.cache + "-compiled" * (not self.eager)
 
 
 @dataclass
@@ -47,21 +40,17 @@ class Served:
     setup: Setup
 
 
-@pytest.fixture(
-    scope="module",
-    params=[Setup("ratio2", 0, False, eager=False), Setup("ratio1", 1, True), Setup("ratio4", 3, True)],
-    ids=str,
-)
+@pytest.fixture(scope="module", params=parameters(engine().random_setups))
 def served(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path]) -> Iterator[Served]:
     setup: Setup = request.param
     checkpoint = random_checkpoint(setup.shape)
-    with Server(checkpoint, *flags(setup.num_drafts, setup.cache, eager=setup.eager), name=str(setup)) as server:
+    with Server(checkpoint, *engine().flags(setup), name=str(setup)) as server:
         yield Served(server, checkpoint, setup)
 
 
 def test_the_plugin_says_once_that_it_is_active(served: Served) -> None:
     (line,) = served.server.activation_lines()
-    assert "vllm 0." in line and "torch 2." in line
+    assert f"{engine().name} 0." in line and "torch 2." in line
 
 
 def test_greedy_answers_and_log_probabilities_are_the_oracles(served: Served) -> None:
@@ -93,7 +82,7 @@ def test_a_conversation_goes_on_from_the_cache(served: Served) -> None:
         if served.setup.cache:
             assert again.cached_tokens > 0
         prompt = (*prompt, *found.tokens, *random_prompt(turn, 9))
-    assert (cached > 0) == served.setup.cache
+    assert (cached > 0) == bool(served.setup.cache)
 
 
 def test_generated_tokens_score_the_same_as_one_prefill(served: Served) -> None:
@@ -119,25 +108,67 @@ def test_sampling_with_a_temperature_is_scored_rightly(served: Served) -> None:
 
 def test_chat_and_streaming(served: Served) -> None:
     messages: list[Any] = [{"role": "user", "content": "My name is Ada. What is my name?"}]
-    extra = {"return_token_ids": True, "ignore_eos": True}
-    create = served.server.client.chat.completions.create
-    whole = create(model=served.server.model, messages=messages, max_tokens=24, temperature=0, extra_body=extra)
-    content = whole.model_dump()
-    prompt, tokens = content["prompt_token_ids"], content["choices"][0]["token_ids"]
-    assert len(tokens) == 24
-    assert largest_regret(served.checkpoint, prompt, tokens) < TIE_MARGIN
+    whole = chat(served.server, messages, 24, ignore_eos=True)
+    assert len(whole.tokens) == 24
+    assert largest_regret(served.checkpoint, whole.prompt, whole.tokens) < TIE_MARGIN
 
     pieces: list[str] = []
+    for chunk in served.server.client.chat.completions.create(
+        model=served.server.model,
+        messages=messages,
+        max_tokens=24,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+        stream=True,
+    ):
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
+    assert "".join(pieces) == whole.text
+    assert sum(map(bool, pieces)) > 1
+
+
+def test_completions_of_the_openai_api(served: Served) -> None:
+    """Whole and streamed, the same tokens as the engine's own way in gives."""
+    prompt = random_prompt(19, 30)
+    create = served.server.client.completions.create
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    (whole,) = create(
+        model=served.server.model, prompt=list(prompt), max_tokens=16, temperature=0, extra_body=extra
+    ).model_dump()["choices"]
+    assert len(whole["token_ids"]) == 16
+    assert largest_regret(served.checkpoint, prompt, whole["token_ids"]) < TIE_MARGIN
     streamed: list[int] = []
     for chunk in create(
-        model=served.server.model, messages=messages, max_tokens=24, temperature=0, extra_body=extra, stream=True
+        model=served.server.model, prompt=list(prompt), max_tokens=16, temperature=0, extra_body=extra, stream=True
     ):
         for choice in chunk.model_dump()["choices"]:
-            pieces.append(choice["delta"].get("content") or "")
             streamed += choice.get("token_ids") or []
-    assert streamed == tokens
-    assert "".join(pieces) == whole.choices[0].message.content
-    assert sum(map(bool, pieces)) > 1
+    assert streamed == whole["token_ids"]
+
+
+def test_abandoned_requests_leave_no_trace(served: Served) -> None:
+    """Four answers are dropped in their middle; those beside them and those after them are the oracle's."""
+    golden = golden_prompts(served.checkpoint, LENGTHS, 40)
+    prompts = [random_prompt(100 + i, 60 + i) for i in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        dropped = [pool.submit(begin_and_leave, served.server, prompt) for prompt in prompts]
+        kept = list(pool.map(lambda g: complete(served.server, g.prompt, 40), golden[:4]))
+        assert all(job.result() for job in dropped)
+    kept += complete_together(served.server, [g.prompt for g in golden[4:]], 40)
+    for expected, found in zip(golden, kept, strict=True):
+        assert found.tokens == list(expected.answer), f"after a prompt of {len(expected.prompt)} tokens"
+        assert largest_error(served.checkpoint, expected.prompt, found) < LOGPROB_TOLERANCE
+    for prompt in prompts:  # what they left in the cache, if anything, is right
+        found = complete(served.server, prompt, 10)
+        assert largest_error(served.checkpoint, prompt, found) < LOGPROB_TOLERANCE
+
+
+def begin_and_leave(server: Server, prompt: tuple[int, ...]) -> bool:
+    """Streams a long answer and hangs up after its third piece, which the engine takes for an abort."""
+    body = {"model": server.model, "prompt": list(prompt), "max_tokens": 400, "temperature": 0}
+    body |= {"stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60.0) as answer:
+        pieces = (line for line in answer.iter_lines() if line.startswith("data: {"))
+        return len(list(islice(pieces, 3))) == 3
 
 
 def test_nothing_died(served: Served) -> None:

@@ -1,0 +1,173 @@
+"""SGLang as the end-to-end tests see it: `python -m sglang.launch_server`, /generate, figures in each answer.
+
+/generate is SGLang's own way in; it takes and gives token ids with exact log-probabilities and says of each answer how
+many drafts were proposed and kept and how often it was retracted. The OpenAI ways are tested beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import httpx
+import torch
+
+from .engine import TOP_LOGPROBS, Chat, Completion, Engine, RefusedError, Setup
+from .server import Server
+
+STATE_EVERY = 64
+"""Tokens between two states of a growing answer that are kept; prefill keeps them at multiples of 64 in any case."""
+
+_ON_CPU = ["--device", "cpu", "--attention-backend", "torch_native"]
+
+
+class SglangEngine(Engine):
+    """Chunks of 128 tokens (a state is kept every 64), 4096 tokens and 80 states in the pools, 8 requests at once."""
+
+    name = "sglang"
+    caches = ("extra_buffer", "extra_buffer_lazy", "no_buffer")
+    context_reserve = 2
+    prompt_reserve = 7
+    inherited = ("SGLANG_",)
+    stock_sign = "this server is stock SGLang"
+    usual: ClassVar[dict[str, str]] = {"SGLANG_MAMBA_CONV_DTYPE": "bfloat16"}
+    length_flag = "--context-length"
+    version_change = ("sglang._version", "version = ", "version = '0.99.0'  # ")
+    drift = (
+        "sglang.srt.layers.attention.linear.gdn_backend",
+        "class GDNAttnBackend(",
+        "class GatedDeltaNetBackend(",
+    )
+    raising = ("    check_engine(", "    raise RuntimeError('something unforeseen')\n    check_engine(")
+    random_setups = (
+        *(Setup("ratio2"), Setup("ratio1", 1, "no_buffer", quick=True)),
+        *(Setup("ratio2", 2, "extra_buffer_lazy"), Setup("ratio4", 3, "extra_buffer", quick=True)),
+    )
+    demo_setups = (
+        *(Setup("demo", 1, "extra_buffer_lazy"), Setup("demo", 2, "extra_buffer", quick=True)),
+        Setup("demo", 3, "no_buffer"),
+    )
+    limit_setups = (Setup("ratio2", 0, "extra_buffer"), Setup("ratio2", 2, "no_buffer"))
+    state_setups = (
+        *(Setup("ratio2", 0, "no_buffer"), Setup("ratio4", 0, "extra_buffer_lazy")),
+        *(Setup("ratio1", 1, "extra_buffer", quick=True), Setup("ratio2", 3, "extra_buffer_lazy")),
+    )
+
+    def command(self, model: str, port: int) -> list[str]:
+        launch = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+        return [*launch, "--host", "127.0.0.1", "--port", str(port)]
+
+    def flags(self, setup: Setup) -> list[str]:
+        chosen = [] if torch.cuda.is_available() else list(_ON_CPU)
+        chosen += ["--dtype", setup.dtype, "--context-length", str(setup.max_model_len), "--mem-fraction-static", "0.3"]
+        chosen += ["--max-running-requests", "8", "--max-total-tokens", str(max(4096, setup.max_model_len + 64))]
+        chosen += ["--max-mamba-cache-size", "80", "--chunked-prefill-size", "128"]
+        chosen += ["--mamba-track-interval", str(STATE_EVERY)]
+        chosen += ["--enable-cache-report", "--random-seed", "0"]
+        if setup.cache:
+            chosen += ["--mamba-radix-cache-strategy", setup.cache]
+            chosen += ["--disable-overlap-schedule"] * (setup.cache == "no_buffer")
+        else:
+            chosen += ["--disable-radix-cache"]
+        if setup.num_drafts:
+            chosen += ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", str(setup.num_drafts)]
+            chosen += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(setup.num_drafts + 1)]
+        return chosen
+
+    def variables(self) -> dict[str, str]:
+        exact = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}  # bfloat16 otherwise, whatever --dtype says
+        if torch.cuda.is_available():
+            return exact
+        # torch.compile would spend half a minute on one helper of NEXTN's.
+        return exact | {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+    def complete(
+        self,
+        server: Server,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float,
+        seed: int | None,
+        score_prompt: bool,
+        ignore_eos: bool,
+    ) -> Completion:
+        sampling = {"temperature": temperature, "max_new_tokens": max_tokens, "ignore_eos": ignore_eos}
+        if seed is not None:
+            sampling["sampling_seed"] = seed
+        body = {
+            "input_ids": list(prompt),
+            "sampling_params": sampling,
+            "return_logprob": True,
+            "top_logprobs_num": TOP_LOGPROBS,
+            "logprob_start_len": 0 if score_prompt else -1,
+        }
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=300.0)
+        if answer.status_code == 400:
+            raise RefusedError(answer.text)
+        answer.raise_for_status()
+        content = answer.json()
+        meta = content["meta_info"]
+        self._count(server, meta)
+        return Completion(
+            tokens=content["output_ids"],
+            logprobs=[logprob for logprob, *_ in meta["output_token_logprobs"]],
+            top_logprobs=[_by_token(place) for place in meta["output_top_logprobs"]],
+            cached_tokens=meta["cached_tokens"],
+            finish_reason=meta["finish_reason"]["type"],
+            prompt_logprobs=_prompt_logprobs(meta) if score_prompt else [],
+        )
+
+    def chat(self, server: Server, messages: list[Any], max_tokens: int, ignore_eos: bool) -> Chat:
+        answer = server.client.chat.completions.create(
+            model=server.model,
+            messages=messages,
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"return_token_ids": True, "return_meta_info": True, "ignore_eos": ignore_eos},
+        )
+        choice = answer.choices[0].model_dump()
+        self._count(server, choice["meta_info"])
+        return Chat(
+            text=answer.choices[0].message.content or "",
+            prompt=choice["prompt_token_ids"],
+            tokens=choice["response_token_ids"],
+            cached_tokens=choice["meta_info"]["cached_tokens"],
+        )
+
+    def _count(self, server: Server, meta: dict[str, Any]) -> None:
+        server.counts.add("drafted", meta.get("spec_num_proposed_drafts") or 0)
+        server.counts.add("accepted", meta.get("spec_num_correct_drafts") or 0)
+        server.counts.add("retractions", meta.get("num_retractions") or 0)
+
+    def acceptance(self, server: Server) -> tuple[float, float]:
+        return server.counts["drafted"], server.counts["accepted"]
+
+    def preemptions(self, server: Server) -> float:
+        return server.counts["retractions"]
+
+    def small_pool(self) -> list[str]:
+        return ["--max-total-tokens", "700"]
+
+    def inside(self, setup: Setup, tight: bool = False) -> dict[str, Any]:
+        flags = self.flags(setup) + ["--max-total-tokens", "500"] * tight
+        return {"flags": flags, "block_size": 1 if setup.cache == "no_buffer" else STATE_EVERY}
+
+    def override(self, changes: dict[str, Any]) -> list[str]:
+        return ["--json-model-override-args", json.dumps(changes)]
+
+    def two_ranks(self) -> list[str]:
+        return ["--tp-size", "2"]
+
+
+def _by_token(place: list[list[Any]]) -> dict[int, float]:
+    return {token: logprob for logprob, token, *_ in place}
+
+
+def _prompt_logprobs(meta: dict[str, Any]) -> list[dict[int, float]]:
+    """The entry of each prompt token but the first: the likeliest tokens there, and the one that stands there."""
+    own = [{token: logprob} for logprob, token, *_ in meta["input_token_logprobs"][1:]]
+    top = [_by_token(place) for place in meta["input_top_logprobs"][1:]]
+    return [a | b for a, b in zip(own, top, strict=True)]
