@@ -10,12 +10,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STAND_INS = "qwen3next_sglang_cpu_standins"
 
 
 def wanted_links() -> dict[str, Path]:
     """Link (relative to the tree) -> what it stands for, read from package-dir."""
     folders: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
-    links: dict[str, Path] = {}
+    links = {STAND_INS: ROOT / "tests" / "sglang_cpu" / STAND_INS}
     for name, folder in folders.items():
         if "." in name:
             links[name.replace(".", "/")] = ROOT / folder
@@ -28,7 +29,8 @@ def lay_out(tree: Path) -> None:
     """Make `tree` hold exactly the wanted links; what is right already stays, so two runs do not disturb each other."""
     links = wanted_links()
     for path in tree.glob("*/*"):
-        if str(path.relative_to(tree)) not in links:
+        ours = path.is_symlink() and not path.parent.is_symlink()  # never what a link leads to
+        if ours and str(path.relative_to(tree)) not in links:
             path.unlink(missing_ok=True)
     for name, target in links.items():
         path = tree / name
@@ -43,7 +45,9 @@ def main() -> None:
     lay_out(tree)
     os.chdir(ROOT)
     os.environ["MYPYPATH"] = f"{tree}:{ROOT}"
-    command = [sys.executable, "-m", "mypy", *sys.argv[1:], "-p", "qwen3next_plugin", "-p", "tests"]
+    packages = ("qwen3next_plugin", STAND_INS, "tests")
+    chosen = [part for name in packages for part in ("-p", name)]
+    command = [sys.executable, "-m", "mypy", *sys.argv[1:], *chosen]
     os.execv(sys.executable, command)
 
 

@@ -54,10 +54,12 @@ def test_the_check_of_extra_buffer_only_forgets_that_there_is_no_gpu() -> None:
     mamba_hook: Any = import_module("sglang.srt.arg_groups.mamba_hook")
     real = mamba_hook.get_platform
 
-    def original(wish: str) -> str:
+    seen = []
+
+    def original(wish: str, *, chunk: int) -> None:
         platform = mamba_hook.get_platform()
         assert platform.is_cuda and not platform.is_hip
-        return wish
+        seen.append((wish, chunk))
 
-    assert surroundings.validate_mamba_extra_buffer(original, "kept") is None
-    assert mamba_hook.get_platform is real
+    surroundings.validate_mamba_extra_buffer(original, "kept", chunk=64)
+    assert seen == [("kept", 64)] and mamba_hook.get_platform is real

@@ -31,7 +31,7 @@ def _native_backend(runner: Any, step: int | None = None) -> Any:
     """A ``torch_native`` backend; with ``step`` it decodes for the draft's step of that number, so many tokens on."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    class Step(TorchNativeAttnBackend):  # type: ignore[misc]
+    class Step(TorchNativeAttnBackend):
         def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *more: Any, **options: Any) -> Any:
             saved, batch.seq_lens = batch.seq_lens, batch.seq_lens + step + 1
             try:

@@ -43,5 +43,5 @@ def do_without_pinned_memory() -> None:
     for name in ("tensor", "empty", "zeros"):
         if getattr(getattr(torch, name), "__name__", "") != "make":
             setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self, *arguments, **options: self  # type: ignore[method-assign,assignment]
-    torch.cuda.empty_cache = torch.cuda.synchronize = lambda *arguments: None  # type: ignore[assignment]
+    torch.Tensor.pin_memory = lambda self, *arguments, **options: self  # type: ignore[method-assign]
+    torch.cuda.empty_cache = torch.cuda.synchronize = lambda *arguments: None

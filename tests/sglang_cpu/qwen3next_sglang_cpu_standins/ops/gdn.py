@@ -98,20 +98,14 @@ def causal_conv1d_update_cpu(
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    normalize: bool,
-    step: int,
-    keep: _Keep | None,
+    tokens: tuple[Tensor, ...], state: Tensor, normalize: bool, step: int, keep: _Keep | None
 ) -> tuple[Tensor, Tensor]:
-    """One sequence from ``state [HV, V, K]``: q, k ``[T, H, K]``, v ``[T, HV, V]``; output like v, state in float32.
+    """One sequence from ``state [HV, V, K]``: output like v, state in float32.
 
-    ``keep(tokens, state)`` is called before the first token and after every ``step`` tokens.
+    ``tokens`` are q, k ``[T, H, K]``, v ``[T, HV, V]``, g and beta ``[T, HV]``. ``keep(tokens, state)`` is called
+    before the first token, after every ``step`` tokens and after the last.
     """
+    q, k, v, g, beta = tokens
     q, k = q.float(), k.float()
     if normalize:
         q, k = l2_normalize(q), l2_normalize(k)
@@ -122,7 +116,8 @@ def _run(
         piece = slice(first, first + step)
         if keep is not None:
             keep(first, state)
-        o, states = delta_rule_recurrent(*(t[None, piece] for t in (q, k, v, g, beta)), initial_state=state[None])
+        own = (q[None, piece], k[None, piece], v[None, piece], g[None, piece], beta[None, piece])
+        o, states = delta_rule_recurrent(*own, initial_state=state[None])
         out[piece], state = o[0], states[0]
     if keep is not None:
         keep(v.shape[0], state)
@@ -160,8 +155,8 @@ def chunk_gated_delta_rule_cpu(
 
         # A padded row has slot -1: it takes part in the list of chunks, and no state is its own.
         state = torch.zeros_like(initial_state[0]) if slot < 0 else initial_state[slot]
-        tokens = (t[0, first:last] for t in (q, k, v, g, beta))
-        out[0, first:last], state = _run(*tokens, state, use_qk_l2norm_in_kernel, CHUNK, keep)
+        tokens = tuple(t[0, first:last] for t in (q, k, v, g, beta))
+        out[0, first:last], state = _run(tokens, state, use_qk_l2norm_in_kernel, CHUNK, keep)
         if slot >= 0:
             initial_state[slot] = state.to(initial_state.dtype)
     return out, None, torch.stack(kept).unsqueeze(0) if kept else None
@@ -214,7 +209,7 @@ def fused_sigmoid_gating_delta_rule_update_cpu(
 
         tokens = (*(t[0, first:last] for t in (q, k, v)), g[first:last], beta[first:last])
         initial = initial_state_source[slot]
-        out[0, first:last], state = _run(*tokens, initial, use_qk_l2norm_in_kernel, 1, keep)
+        out[0, first:last], state = _run(tokens, initial, use_qk_l2norm_in_kernel, 1, keep)
         if not disable_state_update:
             initial_state_source[slot] = state.to(initial_state_source.dtype)
     return out
