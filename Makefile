@@ -6,6 +6,10 @@ ENGINE ?= vllm
 VENV ?= .venv/$(ENGINE)
 # An environment of your own that already holds the engine, this project and the test tools: nothing is installed.
 USE_ENV ?=
+# For `make test`, which needs one for each engine; USE_ENV alone is vLLM's.
+USE_ENV_VLLM ?= $(USE_ENV)
+USE_ENV_SGLANG ?=
+USE_ENV_SGLANG_NEXT ?=
 ENV := $(or $(USE_ENV),$(VENV))
 RUN := $(ENV)/bin/python
 PYTEST := $(RUN) -m pytest
@@ -14,18 +18,21 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 export PYTHON ENGINE VENV USE_ENV MODEL PORT ARGS ONCE QUESTION TIMEOUT TORCH_CPU_INDEX DEVICE
 
-.PHONY: help python serve test lint cpu-tests e2e-tests proof environment clean
+.PHONY: help python serve test lint cpu-tests e2e-tests engine-tests own-tests proof environment clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve        make the environment, start $(ENGINE) with the plugin, ask one question, stay up"
+	@echo "                  ENGINE=vllm|sglang|sglang-next (SGLang 0.5.20 and 0.5.23)"
 	@echo "                  MODEL=folder-or-hub-name PORT=8000 ARGS='--max-model-len 4096' ONCE=1 QUESTION='…'"
 	@echo "                  TIMEOUT=seconds DEVICE=cpu|gpu TORCH_CPU_INDEX=url VENV=folder USE_ENV=your-environment"
-	@echo "make test         everything: lint, types, unit and kernel tests, end-to-end tests with the real engine"
+	@echo "make test         everything: lint, types, unit and kernel tests, then each engine's own and end-to-end tests"
+	@echo "                  USE_ENV_VLLM= USE_ENV_SGLANG= USE_ENV_SGLANG_NEXT= environments of yours, one an engine"
 	@echo "make lint         ruff and mypy only"
 	@echo "make cpu-tests    unit and kernel tests only      TESTS='tests/cpu/kernels -k norm' for some of them"
-	@echo "make e2e-tests    end-to-end tests only           TESTS=tests/e2e/test_x.py"
+	@echo "make e2e-tests    end-to-end tests of ENGINE      TESTS=tests/e2e/test_x.py"
+	@echo "make engine-tests ENGINE=sglang                   what needs that engine: its unit tests, then e2e-tests"
 	@echo "make proof        the long versions of the tests; results in benchmarks/results/cpu/proof.json"
 	@echo "make environment  only make the environment       make clean  remove it and all that was built"
 
@@ -39,7 +46,13 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "FAILED: $(PYTHON) is missing or older than 3.11; name one with PYTHON=…" >&2; exit 1; }
 
-test: lint cpu-tests e2e-tests
+# Lint, unit and kernel tests run once, in vLLM's environment; then each engine has its own tests in its own.
+test:
+	$(FOR) ENGINE=vllm USE_ENV='$(USE_ENV_VLLM)' lint cpu-tests e2e-tests
+	$(FOR) ENGINE=sglang VENV=.venv/sglang USE_ENV='$(USE_ENV_SGLANG)' engine-tests
+	$(FOR) ENGINE=sglang-next VENV=.venv/sglang-next USE_ENV='$(USE_ENV_SGLANG_NEXT)' engine-tests
+
+FOR := $(MAKE) --no-print-directory
 
 lint: environment
 	$(RUN) -m ruff check .
@@ -53,8 +66,18 @@ cpu-tests: environment
 e2e-tests: environment
 	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e)
 
+# The tests that another engine's environment skips.
+TESTS_OF_vllm := tests/cpu/vllm tests/cpu/doctor
+TESTS_OF_sglang := tests/cpu/sglang tests/cpu/sglang_cpu tests/cpu/doctor
+TESTS_OF_sglang-next := $(TESTS_OF_sglang)
+
+engine-tests: own-tests e2e-tests
+
+own-tests: environment
+	$(ONE_THREAD) $(PYTEST) $(TESTS_OF_$(ENGINE))
+
 proof: environment
 	$(RUN) tests/proof.py $(TESTS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist tests/sglang_cpu/build tests/sglang_cpu/*.egg-info *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,10 +15,11 @@ from .api import Api
 from .engine_process import activation_line, wait_until_ready
 from .environment import Environment
 from .errors import ServeError
+from .launch import command, defaults, variables
 from .machine import choose_device
 from .processes import running, stop_on_termination
 from .progress import Progress
-from .settings import CPU_CACHE_GIB, Settings, engine_environment, read_engine
+from .settings import Settings, read_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is the capital of France?"
@@ -77,32 +78,17 @@ def demo_checkpoint(python: Path) -> Path:
 
 def serve(settings: Settings, python: Path, device: str) -> None:
     """Start the engine, wait, ask, print; then stay until Ctrl-C, unless ONCE=1."""
-    program = python.parent / settings.engine.name
-    if not program.exists():
-        raise ServeError(f"{settings.engine.name} is not installed beside {python}.")
-    model = settings.model or str(demo_checkpoint(python))
-    command: list[str | Path] = [
-        program,
-        "serve",
-        model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(settings.port),
-        *settings.engine_arguments,
-    ]
-    if settings.model is None:
-        command += ["--served-model-name", "demo"]
+    started = command(settings, python, device, settings.model or str(demo_checkpoint(python)))
     log = ROOT / ".venv" / f"serve-{settings.port}.log"
     log.parent.mkdir(exist_ok=True)
-    log.write_text(f"$ {' '.join(map(str, command))}\n")
+    log.write_text(f"$ {shlex.join(map(str, started))}\n")
     start = log.stat().st_size
     api = Api(f"http://{settings.host}:{settings.port}", settings.api_key)
     stock = os.environ.get("QWEN3NEXT_PLUGIN") == "0"
-    env = engine_environment(settings, python, device, os.environ)
-    shown = [f"{CPU_CACHE_GIB}={env[CPU_CACHE_GIB]}"] if CPU_CACHE_GIB in env else []
-    print("$", shlex.join([*shown, settings.engine.name, *map(str, command[1:])]), flush=True)
-    with running(command, log, env) as process:
+    env = variables(settings, python, device, os.environ)
+    shown = [f"{name}={env[name]}" for name in defaults(settings, device)]
+    print("$", shlex.join([*shown, Path(started[0]).name, *map(str, started[1:])]), flush=True)
+    with running(started, log, env) as process:
         wait_until_ready(process, log, start, api, settings.timeout)
         line = activation_line(log, start)
         if line is None and not stock:

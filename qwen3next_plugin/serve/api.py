@@ -40,7 +40,7 @@ class Api:
             "temperature": 0,
         }
         message = self._call("/v1/chat/completions", body)["choices"][0]["message"]
-        answer = message.get("content") or message.get("reasoning") or ""
+        answer = message.get("content") or message.get("reasoning") or message.get("reasoning_content") or ""
         if not answer.strip():
             raise ServeError("The server answered the question with nothing.")
         return str(answer).strip()

@@ -7,25 +7,26 @@ from pathlib import Path
 
 from .api import Api
 from .errors import ServeError
+from .pins import STAND_INS
 from .progress import Progress
 
 ACTIVATION = "qwen3next-plugin"
 """The plugin's one log line an engine process begins with this name."""
 
-REFUSAL = "qwen3next-plugin: "
-"""What the plugin's sentence begins with when it stops an engine."""
+REFUSALS = ("qwen3next-plugin: ", f"{STAND_INS}: ")
+"""What the sentence begins with when the plugin, or the test aid beside it, stops an engine."""
 
 _EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
 
-# What a line of vLLM's log says about where its start has got to; the last one that matched is shown.
+# What a line of an engine's log says about where its start has got to; the last one that matched is shown.
 _PHASES = [
     (re.compile(pattern), phase)
     for pattern, phase in (
-        (r"Resolved architecture|Initializing an? .*engine", "reading the model's configuration"),
-        (r"Starting to load model|Loading (safetensors|weights)", "loading weights"),
-        (r"Loading weights took|Model loading took", "weights are loaded"),
+        (r"Resolved architecture|Initializing an? .*engine|server_args=", "reading the model's configuration"),
+        (r"Starting to load model|Loading (safetensors|weights)|Load weight begin", "loading weights"),
+        (r"Loading weights took|Model loading took|Load weight end", "weights are loaded"),
         (r"torch\.compile|Dynamo|Compiling a graph|Warming up", "compiling"),
-        (r"KV cache size|Capturing .*graphs|init engine", "sizing the cache and warming up"),
+        (r"KV cache size|KV Cache is allocated|Captur(e|ing) .*graphs?|init engine", "sizing the cache and warming up"),
         (r"Starting vLLM|Started server process|Waiting for application", "opening the API"),
     )
 ]
@@ -48,8 +49,9 @@ def cause_of_death(log: Path, start: int) -> str:
     with log.open(errors="replace") as output:
         output.seek(start)
         for line in output:
-            if line.startswith(REFUSAL):
-                return line.removeprefix(REFUSAL).strip()
+            for refusal in REFUSALS:
+                if line.startswith(refusal):
+                    return line.removeprefix(refusal).strip()
             if not first and (found := _EXCEPTION.search(line)):
                 first = found.group().strip()
     return first

@@ -56,8 +56,8 @@ class Environment:
         """A hash of all that decides what is installed; settings of linters and tests are not part of it."""
         told = tomllib.loads((self.root / "pyproject.toml").read_text())
         installed = [told.get("build-system"), told["project"], told.get("tool", {}).get("setuptools")]
-        engine = [self.engine.requirement(self.device), pins.TORCH_CPU, sorted(pins.KEPT_OUT)]
-        wanted = [pins.STEPS, installed, engine, self.origin()]
+        engine = [self.engine.requirement(self.device), self.engine.more(self.device), sorted(self.engine.kept_out)]
+        wanted = [pins.STEPS, pins.TORCH_CPU, installed, engine, self._stand_ins_digest(), self.origin()]
         return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
     def is_ready(self) -> bool:
@@ -123,8 +123,12 @@ class Environment:
             self._install_for_cpu(pip)
         else:
             requirement = self.engine.requirement("gpu")
-            pip.install(f"Installing {requirement}", [requirement, *self._project_requirements()])
+            more = self.engine.more("gpu")
+            pip.install(f"Installing {requirement}", [requirement, *more, *self._project_requirements()])
         pip.install("Installing this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
+        if stand_ins := self._stand_ins():
+            options = ["--no-deps", "--no-build-isolation", str(stand_ins)]
+            pip.install(f"Installing {pins.STAND_INS}, a test aid in place of its kernels", options)
         self._check()
         with Progress("Compiling Python files") as step:
             compile_all(self.python, self.log, step)
@@ -176,19 +180,35 @@ class Environment:
         """The engine without what exists only for CUDA: its requirements are resolved here and installed as pins."""
         engine = self.engine.requirement("cpu")
         own = pip.report(f"Reading what {engine} requires", ["--no-deps", "--ignore-installed", engine])
-        wanted = without_kept_out(requirements_of(own, requirement_name(engine)))
+        wanted = without_kept_out(requirements_of(own, requirement_name(engine)), self.engine)
         # torch is there already; naming it keeps pip from choosing another one, and brings in what torch requires.
-        wanted += [f"torch=={pins.TORCH_CPU}", *self._project_requirements()]
+        wanted += [*self.engine.more("cpu"), f"torch=={pins.TORCH_CPU}", *self._project_requirements()]
         report = pip.report("Choosing versions", wanted)
-        chosen = pinned_for_cpu(report)
+        chosen = pinned_for_cpu(report, self.engine)
         pip.install(f"Installing {engine} and {len(chosen)} packages", ["--no-deps", engine, *chosen])
-        name_vllm(self.python)
+        if self.engine.product == "vllm":
+            name_vllm(self.python)
+
+    def _stand_ins(self) -> Path | None:
+        """The folder of what is installed in place of the engine's kernels on this device; None if nothing is."""
+        folder = self.engine.stand_ins if self.device == "cpu" else None
+        return self.root / folder if folder else None
+
+    def _stand_ins_digest(self) -> str:
+        """A hash of their files: they are installed as a copy, and an environment with an old one is out of date."""
+        digest = hashlib.sha256()
+        if folder := self._stand_ins():
+            for path in sorted([*folder.rglob("*.py"), *folder.glob("*.pth"), *folder.glob("*.toml")]):
+                if "build" not in path.relative_to(folder).parts:
+                    digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def _check(self) -> None:
         """Look at what is really there."""
         installed = inspect(self.python)
         advice = "remove that folder and try again"
-        for name in (requirement_name(self.engine.requirement(self.device)), "qwen3next-plugin", "torch"):
+        wanted = [requirement_name(self.engine.requirement(self.device)), "qwen3next-plugin", "torch"]
+        for name in [*wanted, *([pins.STAND_INS] if self._stand_ins() else [])]:
             if name not in installed:
                 raise ServeError(f"pip finished, but {name} is not in {self.path}; {advice}.")
         if self.device == "cpu" and (wrong := intruders(installed, pins.TORCH_CPU)):

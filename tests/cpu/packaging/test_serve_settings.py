@@ -7,7 +7,8 @@ import pytest
 
 from qwen3next_plugin.serve import machine
 from qwen3next_plugin.serve.errors import ServeError
-from qwen3next_plugin.serve.settings import CPU_CACHE_GIB, Settings, engine_environment
+from qwen3next_plugin.serve.launch import CPU_CACHE_GIB, command, variables
+from qwen3next_plugin.serve.settings import Settings
 
 
 def test_nothing_said_means_the_demo_on_a_free_port_until_ctrl_c() -> None:
@@ -34,8 +35,7 @@ def test_engine_arguments_keep_their_quotes_and_their_key_and_host_are_seen() ->
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"ENGINE": "sglang"}, "ENGINE=sglang comes with the next release"),
-        ({"ENGINE": "llama"}, "ENGINE=llama is not known; there is ENGINE=vllm"),
+        ({"ENGINE": "llama"}, "ENGINE=llama is not known; there is ENGINE=vllm, ENGINE=sglang, ENGINE=sglang-next."),
         ({"PORT": "http"}, "PORT=http is not a port"),
         ({"PORT": "70000"}, "PORT=70000 is not a port"),
         ({"ONCE": "yes"}, "ONCE=yes means nothing"),
@@ -69,7 +69,7 @@ def test_a_port_in_use_is_refused_if_asked_for() -> None:
 
 def test_the_engine_gets_the_users_variables_but_not_makes() -> None:
     given = {"MODEL": "a/b", "PORT": "1", "MAKELEVEL": "1", "HF_HOME": "/h", "PATH": "/bin"}
-    env = engine_environment(Settings.read({}), Path("/e/bin/python"), "gpu", given)
+    env = variables(Settings.read({}), Path("/e/bin/python"), "gpu", given)
     assert env == {"HF_HOME": "/h", "PATH": "/e/bin:/bin"}
 
 
@@ -78,13 +78,38 @@ def test_on_a_cpu_the_cache_leaves_memory_to_others_unless_the_user_says_how_muc
 ) -> None:
     monkeypatch.setattr(machine, "available_memory_gib", lambda: 22.5)
 
-    def cache(given: dict[str, str], variables: dict[str, str]) -> str | None:
-        return engine_environment(Settings.read(variables), Path("/e/bin/python"), "cpu", given).get(CPU_CACHE_GIB)
+    def cache(given: dict[str, str], said: dict[str, str]) -> str | None:
+        return variables(Settings.read(said), Path("/e/bin/python"), "cpu", given).get(CPU_CACHE_GIB)
 
     assert cache({}, {}) == "1"
     assert cache({}, {"MODEL": "a/b"}) == "5"
     assert cache({CPU_CACHE_GIB: "7"}, {"MODEL": "a/b"}) == "7"
     assert cache({}, {"ARGS": "--kv-cache-memory-bytes 1G"}) is None
+
+
+def test_sglang_is_told_to_stay_on_the_cpu_and_out_of_this_folder() -> None:
+    settings = Settings.read({"ENGINE": "sglang"})
+    env = variables(settings, Path("/e/bin/python"), "cpu", {"PATH": "/bin", "TORCHDYNAMO_DISABLE": "0"})
+    assert env["SGLANG_USE_CPU_ENGINE"] == "1" and env["PYTHONSAFEPATH"] == "1"
+    assert env["TORCHDYNAMO_DISABLE"] == "0"  # the user's wish
+    on_gpu = variables(settings, Path("/e/bin/python"), "gpu", {})
+    assert "SGLANG_USE_CPU_ENGINE" not in on_gpu and on_gpu["PYTHONSAFEPATH"] == "1"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_what_the_user_gives_comes_last(tmp_path: Path, device: str) -> None:
+    (tmp_path / "sglang").touch()
+    settings = Settings.read({"ENGINE": "sglang", "ARGS": "--mem-fraction-static 0.8", "PORT": ""})
+    started = [str(part) for part in command(settings, tmp_path / "python", device, "/demo")]
+    assert started[1:5] == ["-m", "sglang.launch_server", "--model-path", "/demo"]
+    assert started[-2:] == ["--mem-fraction-static", "0.8"] and started[-4:-2] == ["--served-model-name", "demo"]
+    assert ("torch_native" in started) is (device == "cpu")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_that_is_not_there_is_named(tmp_path: Path, engine: str) -> None:
+    with pytest.raises(ServeError, match=f"{engine} is not installed beside"):
+        command(Settings.read({"ENGINE": engine}), tmp_path / "python", "cpu", "/demo")
 
 
 def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from .ops import gates, states
 
 logger = logging.getLogger(f"sglang.{__package__}")
 
-NOTICE = f"{DISTRIBUTION}: TEST AID active: sgl_kernel and torchvision are stand-ins; this server is for tests only"
+NOTICE = f"TEST AID: {DISTRIBUTION} stands in for sgl_kernel and torchvision; this server is for tests only"
 
 AROUND = {
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": attention.forward_extend,
