@@ -6,7 +6,7 @@ falls into one eighth of a hash are kept out of training and make up the held-ou
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from . import words
@@ -121,6 +121,7 @@ class Conversation:
     held_out: bool = False
     messages: list[Message] = field(default_factory=list)
     facts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    told: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def system(self) -> None:
         """Begin with a system message: a sentence, at times followed by notes that have nothing to do with what is
@@ -148,19 +149,27 @@ class Conversation:
         two = self.rng.random() < 0.4
 
         def make() -> tuple[str, str]:
-            kinds = self.rng.sample(list(FACTS), 2 if two else 1)
-            self._told = {kind: _fact_values(kind, self.rng) for kind in kinds}
-            said = [self.rng.choice(FACTS[kind].said).format(*values) for kind, values in self._told.items()]
-            noted = [FACTS[kind].noted.format(*values) for kind, values in self._told.items()]
-            return _article(" ".join(said)), _article(" ".join(noted))
+            return self.tell_of(self.rng.sample(list(FACTS), 2 if two else 1))
 
         question, answer = self._pick(make) if two else make()
-        self.facts |= self._told
+        self.facts |= self.told
         return question, answer
+
+    def tell_of(self, kinds: Sequence[str]) -> tuple[str, str]:
+        """New facts of these kinds in one message; ``told`` has them, for ``facts`` if the message is used."""
+        self.told = {kind: _fact_values(kind, self.rng) for kind in kinds}
+        said = [self.rng.choice(FACTS[kind].said).format(*values) for kind, values in self.told.items()]
+        noted = [FACTS[kind].noted.format(*values) for kind, values in self.told.items()]
+        return _article(" ".join(said)), _article(" ".join(noted))
 
     def ask(self) -> tuple[str, str]:
         """Ask for a fact, mostly one that was told."""
-        kind = self.rng.choice(list(self.facts) if self.facts and self.rng.random() < 0.9 else list(FACTS))
+        return self.ask_for(
+            self.rng.choice(list(self.facts) if self.facts and self.rng.random() < 0.9 else list(FACTS))
+        )
+
+    def ask_for(self, kind: str) -> tuple[str, str]:
+        """Ask for the fact of this kind."""
         fact = FACTS[kind]
         answer = fact.answered.format(*self.facts[kind]) if kind in self.facts else fact.unknown
         return self.rng.choice(fact.asked), _article(answer)
