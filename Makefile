@@ -48,11 +48,9 @@ python:
 
 # Lint, unit and kernel tests run once, in vLLM's environment; then each engine has its own tests in its own.
 test:
-	$(FOR) ENGINE=vllm USE_ENV='$(USE_ENV_VLLM)' lint cpu-tests e2e-tests
-	$(FOR) ENGINE=sglang VENV=.venv/sglang USE_ENV='$(USE_ENV_SGLANG)' engine-tests
-	$(FOR) ENGINE=sglang-next VENV=.venv/sglang-next USE_ENV='$(USE_ENV_SGLANG_NEXT)' engine-tests
-
-FOR := $(MAKE) --no-print-directory
+	$(MAKE) --no-print-directory ENGINE=vllm USE_ENV='$(USE_ENV_VLLM)' lint cpu-tests e2e-tests
+	$(MAKE) --no-print-directory ENGINE=sglang VENV=.venv/sglang USE_ENV='$(USE_ENV_SGLANG)' engine-tests
+	$(MAKE) --no-print-directory ENGINE=sglang-next VENV=.venv/sglang-next USE_ENV='$(USE_ENV_SGLANG_NEXT)' engine-tests
 
 lint: environment
 	$(RUN) -m ruff check .
