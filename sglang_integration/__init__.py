@@ -5,13 +5,19 @@ SGLang logs an exception from here and goes on as the stock engine, so whatever 
 
 
 def register() -> None:
-    """Called by SGLang in every process that it loads plugins in. With QWEN3NEXT_PLUGIN=0 only says so."""
+    """Called by SGLang in every process that it loads plugins in. With QWEN3NEXT_PLUGIN=0 only says so.
+
+    What measures stock SGLang beside ours is there all the same.
+    """
     from qwen3next_plugin.errors import PluginError, RegistrationError
     from qwen3next_plugin.refusal import end_with
     from qwen3next_plugin.settings import read_settings
 
     try:
         settings = read_settings()
+        from .measuring import offer
+
+        offer()
         if not settings.enabled:
             from .activation import say_stock
 

@@ -36,7 +36,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where result files go.")] = Path("benchmarks/results"),
     state: Annotated[Path | None, typer.Option(help="What was measured so far; taken up again if it is there.")] = None,
     work: Annotated[Path, typer.Option(help="Logs, records and caches of the engines.")] = Path("build/bench"),
-    evidence: Annotated[bool, typer.Option(help="Visit each side once more to count experts.")] = True,
+    evidence: Annotated[bool, typer.Option(help="Compare logits with the oracle's, and count experts.")] = True,
     vllm_python: Annotated[str, typer.Option(help="The Python that has vLLM.")] = sys.executable,
     vllm_env: Annotated[Path | None, typer.Option(help=_ENVIRONMENT)] = None,
     vllm_args: Annotated[str, typer.Option(help="More vLLM flags, for both sides.")] = "",
@@ -73,7 +73,7 @@ def bench(
         "prompt_tokens": 1024,
     }
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    run = RunFiles(name, out, state or out / f"{name}.state.json", work, commit or git_commit())
+    run = RunFiles(name, out, state or out / f"{name}.state.json", work, commit or git_commit(), evidence)
     files = measure_and_write(model, visits, setups, plan, run, deadline)
     for file in files:
         print(file)
@@ -104,3 +104,51 @@ def write_model(
         raise SettingsError(f"--quantization: {quantization!r} is not known: use fp8 or none.")
     write_random_checkpoint(directory, shape, fp8=quantization == "fp8", weights=False)
     print(f"{directory}: {shape}, {'FP8 in 128x128 blocks' if quantization == 'fp8' else 'bf16'}, no weights.")
+
+
+@bench_app.command("check")
+def check_results(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Result files, or folders of them.")],
+) -> None:
+    """Refuse result files whose sides differ in more than the plugin, or that leave something out."""
+    from .check import check_file, result_files
+
+    found = result_files(files)
+    findings = [finding for file in found for finding in check_file(file)]
+    for finding in findings:
+        print(finding, file=sys.stderr)
+    if findings:
+        raise typer.Exit(1)
+    print(f"{len(found)} file{'s' * (len(found) != 1)} checked, nothing wrong.")
+
+
+@bench_app.command("plot")
+def plot_results(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES", help="Result files.")],
+    out: Annotated[Path | None, typer.Option(help="The picture; default: beside the file, as PNG.")] = None,
+) -> None:
+    """Draw result files (needs matplotlib)."""
+    from .plot import plot_result
+
+    for file in files:
+        print(plot_result(file, out))
+
+
+@bench_app.command("tables")
+def write_tables(
+    documents: Annotated[list[Path], typer.Argument(metavar="DOCUMENTS", help="Markdown with bench markers.")],
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 where a table is old.")] = False,
+) -> None:
+    """Write the tables between `<!-- bench: FILE -->` and `<!-- /bench -->` from FILE, beside the document."""
+    from .tables import rewrite
+
+    for document in documents:
+        old = document.read_text(encoding="utf-8")
+        new = rewrite(old, document.parent)
+        if check and new != old:
+            print(
+                f"{document}: tables are older than their files: `qwen3next bench tables {document}`.", file=sys.stderr
+            )
+            raise typer.Exit(1)
+        if new != old:
+            document.write_text(new, encoding="utf-8")

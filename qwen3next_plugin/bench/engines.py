@@ -105,8 +105,8 @@ def _sglang(model: Path, limits: Limits, eager: bool) -> list[str]:
     flags = ["-m", "sglang.launch_server", "--model-path", str(model), *SGLANG_FLAGS]
     flags += ["--served-model-name", MODEL_NAME, "--context-length", str(limits.context)]
     flags += ["--max-running-requests", str(limits.requests), "--chunked-prefill-size", str(limits.chunk)]
-    flags += ["--disable-radix-cache", "--cuda-graph-max-bs", str(limits.requests)]
-    return flags + ["--disable-cuda-graph"] * eager
+    flags += ["--disable-radix-cache", "--cuda-graph-max-bs-decode", str(limits.requests)]
+    return flags + ["--disable-prefill-cuda-graph", "--disable-decode-cuda-graph"] * eager
 
 
 def environment_of(

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from .client import Answer, BenchError
+from .prompts import prompt_of
 from .rows import Row
 from .server import Server
 from .steps import decode_times, expert_counts, read_steps
@@ -21,14 +22,6 @@ TRAFFIC_TOKENS = 128
 TRAFFIC_SECONDS = 30.0
 # Tokens that a request decodes while others' prompts are still computed: they do not count, but have to be asked for.
 _PROMPT_TOKENS_A_STEP = 4096
-
-
-def prompt_of(tokens: int, seed: str, vocab_size: int) -> list[int]:
-    """Random token ids, the same for every side: they depend on ``seed`` alone. Special tokens at either end of the
-    vocabulary are left out."""
-    draw = random.Random(seed)  # noqa: S311
-    low, high = (1000, vocab_size - 1000) if vocab_size > 4000 else (1, vocab_size * 3 // 4)
-    return [draw.randrange(low, high) for _ in range(tokens)]
 
 
 def measure(server: Server, row: Row, repeat: int, steps: int, vocab_size: int) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def assemble(
             {"machine": n, "engines": session["about"], "gpu": session["about"][engine]["gpu"]}
             for n, session in enumerate(sessions)
         ],
-        "sides": _sides(sessions, engine),
+        "sides": _sides(sessions),
+        "relative_logit_error": _logit_errors(sessions),
         "rows": out,
     }
 
@@ -75,7 +76,7 @@ def _session_for(sessions: list[dict[str, Any]], visits: list[Visit], row: Row, 
     )
 
 
-def _sides(sessions: list[dict[str, Any]], engine: Engine) -> dict[str, Any]:
+def _sides(sessions: list[dict[str, Any]]) -> dict[str, Any]:
     """Arguments, environment and facts of every side, once each: the same in all of its visits, or a list."""
     found: dict[str, Any] = {}
     for n, session in enumerate(sessions):
@@ -90,6 +91,16 @@ def _sides(sessions: list[dict[str, Any]], engine: Engine) -> dict[str, Any]:
             else:
                 known.append({"visits": [f"{n}:{name}"], **entry})
     return found
+
+
+def _logit_errors(sessions: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The largest of each side's visits, those with graphs before those without."""
+    found: dict[str, list[tuple[bool, float]]] = {}
+    for session in sessions:
+        for name, visit in session["visits"].items():
+            if visit.get("relative_logit_error") is not None:
+                found.setdefault(visit["side"], []).append(("-evidence-" not in name, visit["relative_logit_error"]))
+    return {side: _rounded(max(errors)[1]) for side, errors in found.items()}
 
 
 def _rows_of(

@@ -10,14 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qwen3next_plugin.config import load_spec
 
 from .client import BenchError
 from .engines import EngineSetup, Limits, command_of, environment_of, told
+from .logits import relative_logit_error
 from .measure import count_experts, decode_length, measure
 from .rows import PROMPT_TOKENS, Engine, Row, Visit
 from .server import Server, free_port, serving
 from .state import State, complete_rows, left_to_do, repeats_wanted
+
+Oracle = NDArray[np.float32] | None
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Bench:
     repeats: int = 3
     steps: int = 64
     start_seconds: float = 1800.0
+    evidence: bool = True  # compare logits with the oracle's
     deadline: float | None = None  # time.monotonic() after which nothing new is begun
     tick: Callable[[str, float | None], None] = lambda text, seconds_left: None
     saved: Callable[[], None] = lambda: None
@@ -46,6 +53,7 @@ class Bench:
         session = self.state.session(machine)
         for engine, about in abouts.items():
             session["about"].setdefault(engine, about)
+        oracle = self._oracle(engines[0]) if self.evidence else None
         self._save()
         elsewhere: set[str] = set()
         for other in self.state.data["sessions"]:
@@ -57,19 +65,32 @@ class Bench:
                 continue
             if self._late(self.seconds_of.get("start", 0.0)):
                 return False
-            if not self._visit(session, visit, wanted, spec.vocab_size):
+            if not self._visit(session, visit, wanted, spec.vocab_size, oracle):
                 return False
         return True
+
+    def _oracle(self, engine: Engine) -> Oracle:
+        """The oracle's log-probabilities, made once a machine, while no engine holds the GPU."""
+        file = _made(self.work) / "oracle.npy"
+        if not file.exists():
+            self.tick("asking the oracle", None)
+            self._program(engine, "oracle", str(self.model), str(file))
+        return np.load(file)
+
+    def _program(self, engine: Engine, module: str, *arguments: str) -> str:
+        """What a module of this package prints in the engine's environment. Raises BenchError if it fails."""
+        setup = self.setups[engine]
+        command = [setup.python, "-m", f"qwen3next_plugin.bench.{module}", *arguments]
+        done = subprocess.run(command, env=setup.variables(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise BenchError(f"{engine}: `{module}` failed: {last}")
+        return done.stdout
 
     def _about(self, engine: Engine) -> dict[str, Any]:
         """Ceilings and versions, from a process in the engine's environment."""
         self.tick(f"{engine}: measuring what the machine can do", None)
-        setup = self.setups[engine]
-        command = [setup.python, "-m", "qwen3next_plugin.bench.ceilings"]
-        done = subprocess.run(command, env=setup.variables(), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BenchError(f"{engine}: the ceilings could not be measured: {done.stderr.strip().splitlines()[-1:]}")
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        return dict(json.loads(self._program(engine, "ceilings").splitlines()[-1]))
 
     def _limits(self) -> Limits:
         rows = [row for visit in self.visits for row in visit.rows]
@@ -81,7 +102,14 @@ class Bench:
     def _has(self, kind: str) -> bool:
         return any(row.kind == kind for visit in self.visits for row in visit.rows)
 
-    def _visit(self, session: dict[str, Any], visit: Visit, rows: list[Row], vocab_size: int) -> bool:
+    def _visit(
+        self,
+        session: dict[str, Any],
+        visit: Visit,
+        rows: list[Row],
+        vocab_size: int,
+        oracle: NDArray[np.float32] | None,
+    ) -> bool:
         known = session["visits"].get(visit.name)
         work = self.work / visit.name
         record = Path(tempfile.mkdtemp(prefix="record-", dir=_made(work)))
@@ -113,6 +141,9 @@ class Bench:
                     "evidence": {},
                 }
                 session["visits"][visit.name] = known
+            if oracle is not None and "relative_logit_error" not in known:
+                tick("comparing logits with the oracle's")
+                known["relative_logit_error"] = relative_logit_error(server.client, visit.side.engine, oracle)
             self._save()
             for row in rows:
                 if visit.evidence:

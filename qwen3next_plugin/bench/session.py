@@ -28,6 +28,7 @@ class RunFiles:
     state: Path
     work: Path
     commit: str | None
+    evidence: bool = True
 
 
 def measure_and_write(
@@ -72,7 +73,7 @@ def measure_and_write(
                 print(f"{line}{'; ' if left else ''}{left}", file=sys.stderr, flush=True)
 
         bench = Bench(model, visits, setups, state, run.work, plan["repeats"], plan["steps"], deadline=deadline)
-        bench.tick, bench.saved = tick, saved
+        bench.tick, bench.saved, bench.evidence = tick, saved, run.evidence
         done = bench.run()
     if not done:
         print("Time is up: run the same command again to measure what is left.", file=sys.stderr)

@@ -1,0 +1,51 @@
+"""Pictures of result files, where matplotlib is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qwen3next_plugin.errors import SettingsError
+
+_SERIES = (("stock_vllm", "stock vLLM"), ("stock_sglang", "stock SGLang"), ("plugin", "plugin"), ("floor", "floor"))
+
+
+def plot_result(path: Path, out: Path | None = None) -> Path:
+    """One bar chart a kind of row beside the result file (or at ``out``), as PNG. Raises SettingsError without
+    matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SettingsError("matplotlib is not installed: `pip install matplotlib`, then run it again.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(2 + 4 * len(kinds), 4), squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        _bars(axis, [row for row in rows if _kind(row) == kind], kind)
+    figure.suptitle(path.stem)
+    figure.tight_layout()
+    target = out or path.with_suffix(".png")
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return target
+
+
+def _kind(row: dict[str, Any]) -> str:
+    name = str(row["case"])
+    return "start" if name.endswith("-start") else name.split("-")[0]
+
+
+def _bars(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
+    shown = [(key, label) for key, label in _SERIES if any(row[key] is not None for row in rows)]
+    width = 0.8 / max(len(shown), 1)
+    for n, (key, label) in enumerate(shown):
+        places = [i + (n - (len(shown) - 1) / 2) * width for i in range(len(rows))]
+        axis.bar(places, [row[key] or 0.0 for row in rows], width, label=label)
+    axis.set_xticks(range(len(rows)), [str(row["case"]).removeprefix(f"{kind}-") for row in rows], rotation=30)
+    axis.set_title(kind)
+    axis.set_ylabel(rows[0]["unit"])
+    if max(row["plugin"] or 0 for row in rows) > 20 * min((row["plugin"] or 1e9) for row in rows):
+        axis.set_yscale("log")
+    axis.legend(fontsize="small")
