@@ -20,7 +20,8 @@ from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
 from .config import MODEL_TYPE
-from .rope import complete_model_rope
+from .limits import check_supported
+from .rope import check_processes_without_plugins, complete_model_rope
 
 _check_files = lru_cache(maxsize=4)(check_checkpoint)
 
@@ -43,11 +44,16 @@ def model_config_from(
     """Around ModelConfig.from_server_args: the config, with its overrides, meets ranks and files."""
     model_config = original(server_args, *args, **kwargs)
     if is_qwen3_next(model_config):
+        if server_args.model_impl not in ("auto", "sglang"):
+            raise _not_ours(f"its --model-impl {server_args.model_impl}")
         _check(parse_config(model_config.hf_config), Path(model_config.model_path), server_args)
+        if server_args.tokenizer_worker_num > 1:
+            check_processes_without_plugins(model_config)
     return model_config
 
 
 def _check(spec: Qwen3NextSpec, directory: Path, server_args: ServerArgs) -> None:
+    check_supported(spec, server_args)
     check_tensor_parallel(spec, server_args.tp_size)
     if directory.is_dir() and server_args.load_format in ("auto", "safetensors"):
         _check_files(directory, spec)
@@ -59,7 +65,10 @@ def model_architecture(
     """Around get_model_architecture: what SGLang is about to build for Qwen3-Next has to be a class of this package."""
     model, name = original(model_config)
     if is_qwen3_next(model_config) and not model.__module__.startswith(f"{__package__}."):
-        remedy = "drop --model-impl and what else replaces it, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"
-        found = f"{model.__module__}.{model.__qualname__}"
-        raise RegistrationError(f"SGLang would serve {found} in place of qwen3next-plugin's model: {remedy}.")
+        raise _not_ours(f"{model.__module__}.{model.__qualname__}")
     return model, name
+
+
+def _not_ours(found: str) -> RegistrationError:
+    remedy = "drop what replaces it, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"
+    return RegistrationError(f"SGLang would serve {found} in place of qwen3next-plugin's model: {remedy}.")
