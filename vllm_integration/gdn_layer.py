@@ -1,10 +1,8 @@
 """The Gated DeltaNet layer inside vLLM: vLLM's parallel layers for the projections, our kernels between them."""
 
-from functools import partial
 from typing import cast
 
 import torch
-from torch import nn
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -16,18 +14,15 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.gdn.step import GdnParameters, gdn_step
-from qwen3next_plugin.kernels.norm import rms_norm_gated
-from qwen3next_plugin.weights import shard_fused
+from qwen3next_plugin.layers import GdnParts
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
-from .norm import WeightHolder
 
 GDN_CORE_OP = "vllm::qwen3next_plugin_gdn_core"
 """Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it is not captured with the rest."""
@@ -56,19 +51,13 @@ def gdn_state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
     )
 
 
-class Qwen3NextGdnLayer(nn.Module, MambaBase):
+class Qwen3NextGdnLayer(GdnParts, MambaBase):
     """Gated DeltaNet with the checkpoint's interleaved projections re-laid flat (q | k | v | z and b | a) at load."""
 
     def __init__(self, spec: Qwen3NextSpec, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
+        super().__init__(spec, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), prefix=prefix)
         gdn = spec.gdn
-        self.spec = spec
-        self.prefix = prefix
         self.vllm_config = vllm_config
-        self.tp_rank, self.tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self.num_v_heads = gdn.num_v_heads // self.tp_size
-        self.conv_dim = gdn.conv_dim // self.tp_size
-        self.head_v_dim = gdn.head_v_dim
         quant_config = vllm_config.quant_config
         self.in_proj_qkvz = MergedColumnParallelLinear(
             spec.hidden_size,
@@ -87,24 +76,10 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
         self.out_proj = RowParallelLinear(
             gdn.value_dim, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
         )
-        self.conv1d = WeightHolder(self.conv_dim, gdn.conv_kernel_size)
-        self.norm = WeightHolder(gdn.head_v_dim)
-        self.A_log = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32), requires_grad=False)
-        self.dt_bias = nn.Parameter(torch.empty(self.num_v_heads, dtype=torch.float32), requires_grad=False)
-        for name, parameter in (
-            ("conv1d.weight", self.conv1d.weight),
-            ("A_log", self.A_log),
-            ("dt_bias", self.dt_bias),
-        ):
-            set_weight_attrs(parameter, {"weight_loader": partial(self._load_shard, f"{prefix}.{name}")})
-
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"two layers are named {prefix!r}")
         layers[prefix] = self
-
-    def _load_shard(self, name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        parameter.data.copy_(shard_fused(name, loaded, self.spec, self.tp_rank, self.tp_size))
 
     # What vLLM's cache manager asks of a layer with recurrent state.
     @property
@@ -127,9 +102,8 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
         # Zeros, not empty: padding tokens belong to no row, and what they hold is normalised and projected below.
         core = qkvz.new_zeros(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
         torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
-        z = qkvz[:, self.conv_dim :].unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        normed = rms_norm_gated(core, z, self.norm.weight, self.spec.rms_norm_eps)
-        output, _ = self.out_proj(normed.flatten(1))
+        _, z, _, _ = self.split(qkvz, ba)
+        output, _ = self.out_proj(self.gated_norm(core, z))
         return output
 
     def run_core(self, qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> None:
@@ -141,11 +115,12 @@ class Qwen3NextGdnLayer(nn.Module, MambaBase):
         assert isinstance(metadata, Qwen3NextGdnMetadata)
         # The base class leaves one tensor a state here once the cache is allocated.
         conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
+        mixed_qkv, _, b, a = self.split(qkvz, ba)
         gdn_step(
-            qkvz[:, : self.conv_dim],
-            ba[:, self.num_v_heads :],
-            ba[:, : self.num_v_heads],
-            GdnParameters(self.conv1d.weight, self.A_log, self.dt_bias, self.spec.gdn.num_k_heads // self.tp_size),
+            mixed_qkv,
+            a,
+            b,
+            GdnParameters(self.conv1d.weight, self.A_log, self.dt_bias, self.num_k_heads),
             conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2),
             ssm_state,
             out,

@@ -25,12 +25,12 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
 from .activation import announce
 from .decoder import Qwen3NextDecoderLayer
 from .gdn_layer import gdn_state_dtype, gdn_state_shape
 from .loading import load_weights
-from .norm import ZeroCentredRMSNorm
 from .spec import cos_sin_table, spec_of
 
 

@@ -16,11 +16,11 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import LayerKind
+from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
 from .decoder import Qwen3NextDecoderLayer
 from .left_out import keep_accepted_tokens_of_left_out_requests
 from .loading import load_weights
-from .norm import ZeroCentredRMSNorm
 from .spec import cos_sin_table, spec_of
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from vllm.config import VllmConfig
 
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
-from qwen3next_plugin.rope import build_cos_sin
-from qwen3next_plugin.spec import RopeSpec
+from qwen3next_plugin.rope import shared_cos_sin
 
 
 def spec_of(vllm_config: VllmConfig) -> Qwen3NextSpec:
@@ -20,10 +17,4 @@ def spec_of(vllm_config: VllmConfig) -> Qwen3NextSpec:
 def cos_sin_table(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> torch.Tensor:
     """Rotary table [P, rotary_dim] fp32 for every position the server can reach; one tensor for all layers."""
     positions = max(spec.max_position_embeddings, vllm_config.model_config.max_model_len)
-    device = str(torch.get_default_device())
-    return _table(spec.rope, spec.attention.rotary_dim, positions, device)
-
-
-@lru_cache(maxsize=2)
-def _table(rope: RopeSpec, rotary_dim: int, positions: int, device: str) -> torch.Tensor:
-    return build_cos_sin(rope, rotary_dim, positions, device)
+    return shared_cos_sin(spec.rope, spec.attention.rotary_dim, positions, str(torch.get_default_device()))
