@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qwen3next_plugin.activation import plugin_version
+from qwen3next_plugin.serve.processes import stop_on_termination
 
 from .engines import EngineSetup
 from .results import assemble, gpu_slug, write_result
@@ -74,9 +75,13 @@ def measure_and_write(
 
         bench = Bench(model, visits, setups, state, run.work, plan["repeats"], plan["steps"], deadline=deadline)
         bench.tick, bench.saved, bench.evidence = tick, saved, run.evidence
-        done = bench.run()
+        stop_on_termination()
+        try:
+            done = bench.run()
+        except KeyboardInterrupt:
+            done = False
     if not done:
-        print("Time is up: run the same command again to measure what is left.", file=sys.stderr)
+        print("Stopped before the end: the same command again measures what is left.", file=sys.stderr)
     for file in files.values():
         show(file, console)
     return list(files.values())
