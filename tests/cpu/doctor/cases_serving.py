@@ -158,9 +158,54 @@ CASES = {
         lambda p: (p.bin / "python").unlink(), "error", "vllm", "python was not found", "install vLLM"
     ),
     "the inquiry dies": Case(
-        lambda p: p.python("echo 'ImportError: no x' >&2; exit 3"), "error", "vllm", "ImportError: no x", "install vLLM"
+        lambda p: p.python("vllm", "echo 'ImportError: no x' >&2; exit 3"),
+        "error",
+        "vllm",
+        "ImportError: no x",
+        "install vLLM",
     ),
-    "sglang is stock": Case(with_sglang, "warning", "sglang", "0.5.20 is stock", "serve with vLLM"),
+    "sglang refuses": Case(
+        lambda p: p.sglang_says("refused", "sglang.x is gone in sglang 0.5.23: install another sglang."),
+        "error",
+        "sglang",
+        "sglang.x is gone in sglang 0.5.23",
+        "install another sglang.",
+    ),
+    "sglang is stock": Case(
+        lambda p: p.sglang_says("stock", "sglang.srt.models.qwen3_next:Qwen3NextForCausalLM"),
+        "error",
+        "sglang",
+        "0.5.20 is stock: Qwen3NextForCausalLM is sglang.srt.models.qwen3_next",
+        "what SGLang logs",
+    ),
+    "the plugin fails in sglang": Case(
+        lambda p: p.sglang_says("stock", "sglang.srt.models:X", log="KeyError: nothing"),
+        "error",
+        "sglang",
+        "sglang.srt.models:X (KeyError: nothing)",
+        "what SGLang logs",
+    ),
+    "sglang is stock as asked": Case(
+        both(lambda p: p.sglang_says("stock", "sglang:X"), lambda p: p.environ.update(QWEN3NEXT_PLUGIN="0")),
+        "warning",
+        "sglang",
+        "is stock",
+        "unset QWEN3NEXT_PLUGIN",
+    ),
+    "sglang cannot be imported": Case(
+        lambda p: p.sglang_says("broken", "ImportError: libcuda.so.1"),
+        "error",
+        "sglang",
+        "libcuda.so.1",
+        "install SGLang again",
+    ),
+    "sglang's inquiry dies": Case(
+        both(with_sglang, lambda p: p.python("sglang", "echo 'ImportError: no y' >&2; exit 3")),
+        "error",
+        "sglang",
+        "ImportError: no y",
+        "install SGLang again",
+    ),
     # checkpoint
     "no interval": Case(
         lambda p: p.config(layer_types=KINDS * 2),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen3next_plugin.doctor.checks import examine
-from qwen3next_plugin.doctor.engines import INQUIRY
+from qwen3next_plugin.doctor.engines import INQUIRIES
 from qwen3next_plugin.doctor.finding import Finding
 from qwen3next_plugin.doctor.surroundings import Surroundings
 
@@ -41,6 +41,7 @@ class Place:
         self.install(PLUGIN, "0.1.0", entry_points=ENTRY_POINTS)
         for name, version in (("torch", "2.13.0+cpu"), ("transformers", "5.19.0"), ("vllm", "0.32.0+cpu")):
             self.install(name, version)
+        self.answers = {"sglang": "exit 9", "vllm": "exit 9", "check": "exit 9"}
         self.program("qwen3next", "# from qwen3next_plugin.cli import main")
         self.program("g++", "true")
         self.vllm_says("active", "qwen3next_plugin.vllm_integration.model:Qwen3NextForCausalLM")
@@ -83,15 +84,26 @@ class Place:
         file.write_text(f"#!/bin/sh\n{script}\n")
         file.chmod(0o755)
 
-    def python(self, on_vllm: str, on_check: str = "exit 9") -> None:
-        """The interpreter that the doctor asks: one script for the engine, one for `qwen3next check`."""
-        self.program("python", f'if [ "$2" = -m ]; then\n{on_vllm}\nelse\n{on_check}\nfi')
+    def python(self, asked: str, script: str) -> None:
+        """The interpreter that the doctor asks: a script for each engine, and one for `qwen3next check`."""
+        self.answers[asked] = script
+        cases = "".join(f"{INQUIRIES[engine]})\n{self.answers[engine]}\n;;\n" for engine in INQUIRIES)
+        self.program("python", f'case "$3" in\n{cases}*)\n{self.answers["check"]}\n;;\nesac')
 
     def vllm_says(self, kind: str, found: str, log: str = "INFO nothing") -> None:
-        self.python(f"echo '{log}' >&2; echo '{INQUIRY} {json.dumps({'kind': kind, 'found': found})}'")
+        self.says("vllm", kind, found, log)
+
+    def sglang_says(self, kind: str, found: str, log: str = "INFO nothing") -> None:
+        """With the SGLang that says it."""
+        with_sglang(self)
+        self.says("sglang", kind, found, log)
+
+    def says(self, engine: str, kind: str, found: str, log: str) -> None:
+        told = json.dumps({"kind": kind, "found": found})
+        self.python(engine, f"echo '{log}' >&2; echo '{INQUIRIES[engine]} {told}'")
 
     def check_says(self, sentence: str, code: int = 0) -> None:
-        self.python("exit 9", f"echo '{sentence}' >&{2 if code else 1}; exit {code}")
+        self.python("check", f"echo '{sentence}' >&{2 if code else 1}; exit {code}")
 
     def gpus(self, *lines: str) -> None:
         self.program("nvidia-smi", "\n".join(f"echo '{line}'" for line in lines))
@@ -145,7 +157,8 @@ def both(first: Breaks, second: Breaks) -> Breaks:
 
 
 def with_sglang(place: Place, version: str = "0.5.20") -> None:
-    """SGLang with all that it needs."""
+    """SGLang with all that it needs, and with the plugin in it."""
     place.install("sglang", version)
     for name in ("sgl_kernel", "dill", "jsonschema"):
         place.module(name)
+    place.says("sglang", "active", "qwen3next_plugin.sglang_integration.model:Qwen3NextForCausalLM", "INFO nothing")

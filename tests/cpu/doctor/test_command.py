@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from qwen3next_plugin import cli
 from qwen3next_plugin.demo.command import copy_shipped
-from qwen3next_plugin.doctor import command
+from qwen3next_plugin.doctor import command, engines
 from qwen3next_plugin.doctor.checkpoint import WITH_MTP
 from qwen3next_plugin.doctor.finding import error, ok
+from qwen3next_plugin.doctor.surroundings import Surroundings
 from tests.cpu.doctor.places import Place
 from tests.helpers import engine_environment
 
@@ -49,20 +50,29 @@ def test_a_narrow_terminal_cuts_nothing_off() -> None:
     assert shown.getvalue().count("w") == 200 and "[red]" in shown.getvalue()
 
 
-@pytest.mark.skipif(find_spec("vllm") is None, reason="asks the real vLLM")
-def test_the_real_environment_without_torch_in_its_process() -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_real_environment_without_torch_in_its_process(engine: str) -> None:
+    if find_spec(engine) is None:
+        pytest.skip(f"asks the real {engine}")
     script = "import sys; from qwen3next_plugin.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-P", "-c", script, "doctor"],
         capture_output=True,
         text=True,
         env=engine_environment(OMP_NUM_THREADS="1"),
-        timeout=300,
+        timeout=600,
     )
     lines = result.stdout.splitlines()
-    active = [line for line in lines if line.startswith("ok      vllm: ")]
-    assert active and "is active" in active[0] and "qwen3next_plugin.vllm_integration.model" in active[0], result
+    active = [line for line in lines if line.startswith(f"ok      {engine}: ")]
+    assert active and "is active" in active[0] and f"qwen3next_plugin.{engine}_integration.model" in active[0], result
     assert lines[-1] == "False"
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="asks the real SGLang")
+def test_the_kill_switch_is_seen_in_the_real_sglang() -> None:
+    place = Surroundings(environ=engine_environment(OMP_NUM_THREADS="1", QWEN3NEXT_PLUGIN="0"))
+    (finding,) = engines.sglang_activity(place)
+    assert finding.level == "warning" and "is stock: Qwen3NextForCausalLM is sglang.srt.models" in finding.found
 
 
 def test_the_words_that_the_doctor_looks_for_in_what_check_says(tmp_path: Path) -> None:

@@ -90,11 +90,11 @@ def test_the_import_refuses_beside_a_real_one(tmp_path: Path) -> None:
     assert done.returncode != 0 and f"ImportError: {DISTRIBUTION}: sglang-kernel 9.9 is installed" in done.stderr
 
 
-def test_the_plugin_ends_the_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plugin_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "why_not", lambda: "no")
     with pytest.raises(SystemExit) as end:  # SGLang swallows every Exception of a plugin
         plugin.register()
-    assert end.value.code == 1 and capsys.readouterr().err == "no\n"
+    assert end.value.code == "no"
 
 
 def test_names_that_are_only_imported_fail_when_called() -> None:

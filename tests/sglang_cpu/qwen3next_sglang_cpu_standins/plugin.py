@@ -1,7 +1,6 @@
 """Entry point ``sglang.srt.plugins``: hooks for what SGLang has in Triton or for a GPU only."""
 
 import logging
-import sys
 
 from . import DISTRIBUTION, attention, surroundings
 from .guard import why_not
@@ -38,11 +37,11 @@ REPLACE = {
 def register() -> None:
     """Register every hook, in each of SGLang's processes. Ends the process where the stand-ins must not be.
 
-    SGLang logs and swallows what an entry point raises; SystemExit is no Exception, and is not.
+    SGLang logs and swallows what an entry point raises; SystemExit is no Exception, and is not; Python
+    prints its sentence.
     """
     if refusal := why_not():
-        print(refusal, file=sys.stderr, flush=True)
-        raise SystemExit(1)
+        raise SystemExit(refusal)
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     surroundings.do_without_pinned_memory()
