@@ -160,4 +160,4 @@ def _answers(target: str) -> bool:
 
 
 def _remedy() -> str:
-    return "remove the plugin that replaces it (SGLANG_PLUGINS=qwen3next), or set QWEN3NEXT_PLUGIN=0 for stock SGLang"
+    return "keep other plugins out with SGLANG_PLUGINS=qwen3next, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"

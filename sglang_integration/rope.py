@@ -7,6 +7,7 @@ to stand there instead is decided in core.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,19 @@ def complete_model_rope(model_config: ModelConfig, context_length: int | None) -
     hf_config.max_position_embeddings = rope.context_length
     for name in _BESIDE:
         setattr(hf_config, name, rope.parameters[name])
+
+
+def check_processes_without_plugins(model_config: ModelConfig) -> None:
+    """Raise ConfigError if SGLang's tokenizer workers, which load no plugins, would derive another context length."""
+    hf_config, overrides = model_config.hf_config, model_config.model_override_args
+    whole = {"rope_parameters": hf_config.rope_parameters, "max_position_embeddings": hf_config.max_position_embeddings}
+    length = overrides.get("max_position_embeddings", getattr(hf_config, WRITTEN_ROPE)["max_position_embeddings"])
+    asked = next((overrides[name] for name in ROPE_DICTS if overrides.get(name)), {})
+    # SGLang multiplies the length by the factor of a dict that does not name the original one.
+    named = "factor" not in asked or "original_max_position_embeddings" in asked
+    if length != hf_config.max_position_embeddings or not named:
+        remedy = f"use --tokenizer-worker-num 1 or --json-model-override-args '{json.dumps(whole)}'"
+        raise broken("max_position_embeddings", "is not what tokenizer workers would take", remedy)
 
 
 def _check_fields_beside(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:

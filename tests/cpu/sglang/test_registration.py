@@ -1,20 +1,25 @@
 """What hangs in SGLang once its plugins are loaded, and what happens when something does not."""
 
+import json
 import logging
 import pkgutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sglang
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin import sglang_integration
 from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.refusal import EXIT_CODE
 from qwen3next_plugin.settings import read_settings
 from qwen3next_plugin.sglang_integration import registration
+from tests.configs import old_form
 
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 TARGETS = registration.TARGETS
@@ -111,6 +116,13 @@ def test_a_model_that_is_not_ours_is_not_built(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RegistrationError, match="would serve sglang.srt.models.qwen3_next.Qwen3NextForCausalLM"):
         get_model_architecture(config("qwen3_next"))
     assert get_model_architecture(config("qwen2"))[0] is qwen3_next.Qwen3NextForCausalLM
+
+
+def test_another_implementation_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(old_form()))
+    arguments = ServerArgs(model_path=str(tmp_path), device="cpu", model_impl="transformers")
+    with pytest.raises(RegistrationError, match="would serve its --model-impl transformers in place of"):
+        ModelConfig.from_server_args(arguments)
 
 
 def test_an_unsupported_version_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.errors import ConfigError
@@ -162,3 +163,30 @@ def test_what_sglangs_own_flags_contradict_is_refused(
 def test_sglangs_own_switch_lets_longer_requests_pass(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1")
     assert model_config(checkpoint, context_length=MILLION).context_len == MILLION
+    card = model_config(checkpoint, {"rope_scaling": YARN}, context_length=1_010_000)  # as the model's card starts it
+    assert card.context_len == 1_010_000 and card.hf_config.max_position_embeddings == MILLION
+
+
+def test_tokenizer_workers_load_no_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(overrides: dict[str, Any]) -> ModelConfig:
+        text = json.dumps(overrides)
+        options = {"device": "cpu", "tokenizer_worker_num": 2, "load_format": "dummy"}
+        return ModelConfig.from_server_args(
+            ServerArgs(model_path=str(checkpoint), json_model_override_args=text, **options)
+        )
+
+    assert start({}).context_len == TRAINED
+    for overrides in ({"rope_scaling": YARN}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}):
+        with pytest.raises(ConfigError, match="use --tokenizer-worker-num 1 or") as caught:
+            start(overrides)
+    right = json.loads(str(caught.value).split("'")[1])
+    assert start(right).context_len == MILLION
+    unhooked = unhooked_model_config(checkpoint, right)
+    assert unhooked.context_len == MILLION and unhooked.hf_config.rope_parameters["rope_type"] == "yarn"
+
+
+def unhooked_model_config(checkpoint: Path, overrides: dict[str, Any]) -> ModelConfig:
+    """As a process without plugins makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelConfig, "_derive_context_length", ModelConfig._derive_context_length.__wrapped__)
+        return model_config(checkpoint, overrides)
