@@ -106,7 +106,7 @@ CASES = {
         f"pip uninstall {STAND_INS}",
     ),
     "a torch for GPUs under sglang": Case(
-        both(with_sglang, lambda p: (p.uninstall("vllm"), p.install("torch", "2.13.0+cu130"))),
+        both(lambda p: p.uninstall("vllm"), both(with_sglang, lambda p: p.install("torch", "2.13.0+cu130"))),
         "warning",
         "cuda",
         "torch is built for cu130",
