@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .gdn_metadata import (
     masked_slots,
     prefill_rows,
 )
+
+logger = logging.getLogger("sglang.qwen3next_plugin")
 
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 STOCK_BACKEND = ("sglang.srt.layers.attention.linear.gdn_backend", "GDNAttnBackend")
@@ -59,6 +62,8 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         self.draft_places = None if scratch is None else DraftPlaces(*scratch.shape[1:3], torch.device(self.device))
         # Filled within a captured graph, which alone sees a replay's mask of rows to keep.
         self.snapshot_slots: torch.Tensor | None = None
+        # SGLang has just logged kernels of its own, some of which it chooses by the GPU: say that they do not run.
+        logger.info("Gated DeltaNet layers run the kernels of qwen3next-plugin; --linear-attn-*-backend does not apply.")
 
     # One step's rows.
 
@@ -201,15 +206,7 @@ def _refuse_unservable(topk: int, pool: Any) -> None:
             "--enable-linear-replayssm and --enable-linear-replayssm-spec change how SGLang's own kernels keep the "
             "recurrent state, and this plugin runs its own; leave them out."
         )
-    mamba = get_exec().mamba
-    for phase in ("decode", "prefill", "verify"):
-        chosen = getattr(mamba, f"linear_attn_{phase}_backend") or mamba.linear_attn_backend
-        if chosen != "triton":
-            raise RegistrationError(
-                f"--linear-attn-backend or --linear-attn-{phase}-backend is {chosen!r}, a kernel of SGLang's, but this "
-                "plugin runs its own; leave it out."
-            )
-    if mamba.enable_mamba_extra_buffer and mamba_cache_chunk_size() % SNAPSHOT_GRID:
+    if get_exec().mamba.enable_mamba_extra_buffer and mamba_cache_chunk_size() % SNAPSHOT_GRID:
         raise RegistrationError(
             f"SGLang would keep states every {mamba_cache_chunk_size()} tokens of a prompt, but they can be had every "
             f"{SNAPSHOT_GRID} tokens only; set --page-size to 1 or to a multiple of {SNAPSHOT_GRID}."

@@ -237,8 +237,9 @@ def _walk_kernel(
         tl.store(out_at, o.to(out.dtype.element_ty), mask=v_tile)
         s = s * carried + tl.dot(tl.trans(k), (written * k_scale[:, None]).to(DOT), input_precision=PRECISION)
         if HAS_SNAPSHOT:
-            taken = tl.minimum(first + CHUNK, end) == snapshot_end
-            tl.store(snapshot_at, s.to(state.dtype.element_ty), mask=tile & taken)
+            rows_kept = tl.where(tl.minimum(first + CHUNK, end) == snapshot_end, KEY_DIM, 0)
+            kept_tile = (k_index < rows_kept)[:, None] & v_mask[None, :]
+            tl.store(snapshot_at, s.to(state.dtype.element_ty), mask=kept_tile)
 
     tl.store(state_at, s.to(state.dtype.element_ty), mask=tile)
 

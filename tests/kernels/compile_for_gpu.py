@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import conv, gdn
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.bool: "*i1"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
 
 
@@ -61,8 +61,16 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     weight, conv_state = tensor(dim, 4), tensor(6, 5, dim).transpose(1, 2)
     prefill = rows | {"state_slots": slots[:, 0], "has_initial_state": has_state}
     conv.causal_conv1d_prefill(x, weight, None, conv_state, **prefill, out=out)
+    # SGLang's: positions and slots of snapshots, windows that slide over one buffer a row.
+    kept = {"snapshot_positions": tensor(ROWS, dtype=torch.int64), "snapshot_slots": tensor(ROWS, dtype=torch.int64)}
+    conv.causal_conv1d_prefill(x, weight, None, conv_state, **prefill, **kept, out=out)
     update = rows | {"state_slots": slots[:, 0], "num_accepted_tokens": slots[:, 1].contiguous(), "max_query_len": 3}
     conv.causal_conv1d_update(x, weight, None, conv_state, **update, out=out)
+    step = rows | {"state_slots": slots[:, 0], "num_accepted_tokens": None, "max_query_len": 1}
+    conv.causal_conv1d_update(x, weight, None, conv_state, **step, out=out, snapshot_slots=kept["snapshot_slots"])
+    windows = tensor(ROWS, dim, 5).as_strided((ROWS, 3, dim, 3), (dim * 5, 1, 5, 1))
+    drafts = rows | {"state_slots": slots[:, 0], "window_rows": slots[:, 1].contiguous(), "max_query_len": 3}
+    conv.causal_conv1d_verify(x, weight, None, conv_state, **drafts, windows=windows, out=out)
 
     gates = tensor(tokens, 2 * v_heads)
     per_head = [tensor(v_heads, dtype=torch.float32) for _ in range(2)]
@@ -70,7 +78,10 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     ssm_state = tensor(6, v_heads, value_dim, key_dim, dtype=torch.float32)
     shared = {"num_k_heads": k_heads, "out": tensor(tokens, v_heads, value_dim)}
     gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, max_query_len=tokens)
+    gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, **kept, max_query_len=tokens)
     gdn.gdn_decode(*arguments, ssm_state, **shared, **rows, state_slots=slots[:, 0])
+    one = rows | {"state_slots": slots[:, 0], "snapshot_slots": kept["snapshot_slots"]}
+    gdn.gdn_decode(*arguments, ssm_state, **shared, **one)
     verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
     gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
 
