@@ -161,22 +161,20 @@ def main() -> None:
         f"yarn:{FACTOR} from {LONGEST_ROW}": with_yarn(model, LONGEST_ROW),
     }
     needles = measure(models, encode, arguments.lengths, arguments.conversations)
-    result = {
+    rows = summary(needles)
+    head = {
         "what": "needle retrieval of the shipped demo model by the oracle in float32",
         "config_length": model.spec.max_position_embeddings,
         "longest_training_row": LONGEST_ROW,
         "conversations": arguments.conversations,
         "seconds": round(time.monotonic() - begin, 1),
         "torch": torch.__version__,
-        "summary": summary(needles),
-        "needles": [asdict(needle) for needle in needles],
+        "summary": rows,
     }
-    lines = ",\n  ".join(json.dumps(needle) for needle in result["needles"])  # type: ignore[union-attr]
+    lines = ",\n  ".join(json.dumps(asdict(needle)) for needle in needles)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps(result | {"needles": []}, indent=1)[:-4].rstrip() + "[\n  " + lines + "\n]\n}\n"
-    )
-    for row in result["summary"]:  # type: ignore[union-attr]
+    arguments.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "needles": [\n  {lines}\n ]\n}}\n')
+    for row in rows:
         print(row)
 
 

@@ -88,9 +88,6 @@ class Engine(ABC):
     caches: ClassVar[tuple[str, ...]]
     """Its ways to cache prefixes, the default one first."""
 
-    context_reserve: ClassVar[int]
-    """By how much prompt and answer together stay below the context length."""
-
     prompt_reserve: ClassVar[int]
     """By how much the longest prompt stays below the context length."""
 
@@ -131,6 +128,10 @@ class Engine(ABC):
         """The command line of a server, without further flags."""
 
     @abstractmethod
+    def context_reserve(self, num_drafts: int) -> int:
+        """By how much the longest prompt and answer together stay below the context length."""
+
+    @abstractmethod
     def flags(self, setup: Setup) -> list[str]:
         """The flags of a small server."""
 
@@ -155,6 +156,10 @@ class Engine(ABC):
     @abstractmethod
     def chat(self, server: Server, messages: list[Any], max_tokens: int, ignore_eos: bool) -> Chat:
         """A greedy answer of /v1/chat/completions."""
+
+    @abstractmethod
+    def forget(self, server: Server) -> None:
+        """Empties the prefix cache where scoring a prompt would read it."""
 
     @abstractmethod
     def acceptance(self, server: Server) -> tuple[float, float]:

@@ -28,7 +28,6 @@ class SglangEngine(Engine):
 
     name = "sglang"
     caches = ("extra_buffer", "extra_buffer_lazy", "no_buffer")
-    context_reserve = 2
     prompt_reserve = 7
     inherited = ("SGLANG_",)
     stock_sign = "this server is stock SGLang"
@@ -58,6 +57,9 @@ class SglangEngine(Engine):
     def command(self, model: str, port: int) -> list[str]:
         launch = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
         return [*launch, "--host", "127.0.0.1", "--port", str(port)]
+
+    def context_reserve(self, num_drafts: int) -> int:
+        return max(2, num_drafts + 1)  # drafts have their place in the context too
 
     def flags(self, setup: Setup) -> list[str]:
         chosen = [] if torch.cuda.is_available() else list(_ON_CPU)
@@ -141,6 +143,9 @@ class SglangEngine(Engine):
         server.counts.add("drafted", meta.get("spec_num_proposed_drafts") or 0)
         server.counts.add("accepted", meta.get("spec_num_correct_drafts") or 0)
         server.counts.add("retractions", meta.get("num_retractions") or 0)
+
+    def forget(self, server: Server) -> None:
+        httpx.post(f"{server.url}/flush_cache", timeout=30.0).raise_for_status()
 
     def acceptance(self, server: Server) -> tuple[float, float]:
         return server.counts["drafted"], server.counts["accepted"]

@@ -25,7 +25,6 @@ class VllmEngine(Engine):
 
     name = "vllm"
     caches = ("align",)
-    context_reserve = 0
     prompt_reserve = 1
     inherited = ("VLLM_",)
     stock_sign = "qwen_gdn_linear_attn.py"
@@ -49,6 +48,9 @@ class VllmEngine(Engine):
     def command(self, model: str, port: int) -> list[str]:
         vllm = Path(sys.executable).with_name("vllm")
         return [str(vllm), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+
+    def context_reserve(self, num_drafts: int) -> int:
+        return 0
 
     def flags(self, setup: Setup) -> list[str]:
         chosen = ["--dtype", setup.dtype, "--max-model-len", str(setup.max_model_len)]
@@ -130,6 +132,9 @@ class VllmEngine(Engine):
             tokens=content["choices"][0]["token_ids"],
             cached_tokens=_cached_tokens(answer),
         )
+
+    def forget(self, server: Server) -> None:
+        pass  # prompts are scored without it
 
     def acceptance(self, server: Server) -> tuple[float, float]:
         prefix = "vllm:spec_decode_num"

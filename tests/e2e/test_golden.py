@@ -53,14 +53,12 @@ def test_all_answers_are_the_golden_ones(found: list[Completion]) -> None:
 
 
 def test_they_are_the_same_from_the_cache(server: Server) -> None:
-    """The longest prompts once more, this time from states that the first round left behind."""
-    longest = sorted(GOLDEN.prompts, key=lambda golden: len(golden.prompt))[-8:]
-    cached = 0
-    for golden in longest:
-        answer = complete(server, golden.prompt, MAX_TOKENS, ignore_eos=False)
-        assert answer.tokens == golden.answer
-        cached += answer.cached_tokens
-    assert cached > 1024
+    """The longest prompts twice more; the second time at least they start from states that the first left behind."""
+    for golden in sorted(GOLDEN.prompts, key=lambda golden: len(golden.prompt))[-4:]:
+        for _ in range(2):
+            answer = complete(server, golden.prompt, MAX_TOKENS, ignore_eos=False)
+            assert answer.tokens == golden.answer
+        assert answer.cached_tokens > len(golden.prompt) // 2
 
 
 @lru_cache(maxsize=2)

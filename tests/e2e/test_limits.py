@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import openai
 import pytest
 
-from .engine import RefusedError, Setup
+from .engine import Setup
 from .oracle import LOGPROB_TOLERANCE, golden_prompts, largest_error, random_prompt
 from .requests import complete, complete_together
 from .server import Server, engine, parameters
@@ -17,36 +18,48 @@ CONTEXT = 200
 LONGEST = CONTEXT - engine().prompt_reserve
 
 
+@dataclass
+class Served:
+    """A server beside the checkpoint it serves; `reach` is how long prompt and answer may be together."""
+
+    server: Server
+    checkpoint: Path
+    reach: int
+
+
 @pytest.fixture(scope="module", params=parameters(engine().limit_setups))
-def served(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path]) -> Iterator[tuple[Server, Path]]:
+def served(request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path]) -> Iterator[Served]:
     setup: Setup = replace(request.param, max_model_len=CONTEXT)
     checkpoint = random_checkpoint(setup.shape)
     small = [*engine().flags(setup), *engine().small_pool()]
     with Server(checkpoint, *small, name=f"limits-{setup}") as server:
-        yield server, checkpoint
+        yield Served(server, checkpoint, CONTEXT - engine().context_reserve(setup.num_drafts))
 
 
 @pytest.mark.parametrize("length", [LONGEST, LONGEST - 1, 161, 160, 159])
-def test_an_answer_may_fill_the_context(served: tuple[Server, Path], length: int) -> None:
-    server, checkpoint = served
+def test_an_answer_may_fill_the_context(served: Served, length: int) -> None:
+    server, checkpoint = served.server, served.checkpoint
     prompt = random_prompt(length, length)
-    room = CONTEXT - engine().context_reserve - length
+    room = served.reach - length
     for found in (complete(server, prompt, room), complete(server, prompt, room)):
         assert len(found.tokens) == room
         assert found.finish_reason == "length"
         assert largest_error(checkpoint, prompt, found) < LOGPROB_TOLERANCE
 
 
-def test_a_token_more_is_refused(served: tuple[Server, Path]) -> None:
-    server, _ = served
-    for length in (CONTEXT, CONTEXT + 1):
-        with pytest.raises(RefusedError):
-            complete(server, random_prompt(1, length), 2)
+def test_a_token_more_is_refused(served: Served) -> None:
+    server = served.server
+    for length in (LONGEST + 1, CONTEXT, CONTEXT + 1):
+        prompt = list(random_prompt(1, length))
+        with pytest.raises(openai.BadRequestError):
+            server.client.completions.create(model=server.model, prompt=prompt, max_tokens=2)
+    with pytest.raises(openai.BadRequestError):
+        server.client.completions.create(model=server.model, prompt=[1] * 100, max_tokens=CONTEXT - 99)
     server.assert_alive()
 
 
-def test_conversations_that_are_thrown_out_come_back_rightly(served: tuple[Server, Path]) -> None:
-    server, checkpoint = served
+def test_conversations_that_are_thrown_out_come_back_rightly(served: Served) -> None:
+    server, checkpoint = served.server, served.checkpoint
     golden = golden_prompts(checkpoint, (120, 115, 110, 100, 90, 80, 70, 60), 70)
     for _ in range(2):
         found = complete_together(server, [g.prompt for g in golden], 70)

@@ -24,6 +24,7 @@ from .server import Server, engine, flags
 FACTOR = 4
 TRAINED = 4096
 ANSWER = 24
+DRAFTS = 2
 ORACLE_CHUNK = 512  # the oracle's attention scores of 16384 tokens at once would be 8 GiB a tensor
 
 YARN = {"rope_type": "yarn", "factor": float(FACTOR), "original_max_position_embeddings": TRAINED}
@@ -50,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module", params=[pytest.param("shortcut", marks=pytest.mark.quick), "overrides"])
 def server(request: pytest.FixtureRequest, checkpoints: tuple[Path, Path]) -> Iterator[Server]:
     more, env = WAYS[request.param]
-    arguments = [*flags(num_drafts=2, max_model_len=FACTOR * TRAINED), *more]
+    arguments = [*flags(num_drafts=DRAFTS, max_model_len=FACTOR * TRAINED), *more]
     with Server(checkpoints[0], *arguments, env=env, name=f"long-{request.param}") as started:
         yield started
 
@@ -92,7 +93,7 @@ def conversation(checkpoint: Path, length: int) -> list[int]:
 
 
 def test_the_last_tokens_that_fit_are_scored_as_by_the_oracle(server: Server, checkpoints: tuple[Path, Path]) -> None:
-    prompt = conversation(checkpoints[0], FACTOR * TRAINED - engine().context_reserve - ANSWER)
+    prompt = conversation(checkpoints[0], FACTOR * TRAINED - engine().context_reserve(DRAFTS) - ANSWER)
     found = complete(server, prompt, ANSWER)
     assert largest_difference(checkpoints[1], prompt, found) < LOGPROB_TOLERANCE
 

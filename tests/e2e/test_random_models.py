@@ -91,6 +91,7 @@ def test_generated_tokens_score_the_same_as_one_prefill(served: Served) -> None:
     generated = complete(served.server, prompt, 120)
     assert largest_error(served.checkpoint, prompt, generated) < LOGPROB_TOLERANCE
     whole = [*prompt, *generated.tokens]
+    engine().forget(served.server)
     scored = complete(served.server, whole, 1, score_prompt=True)
     assert scored.cached_tokens == 0
     assert largest_prompt_error(served.checkpoint, whole, scored) < LOGPROB_TOLERANCE

@@ -85,7 +85,9 @@ def test_up_to_the_last_position(random_checkpoint: Callable[[str], Path], num_d
     checkpoint = random_checkpoint("ratio2")
     golden = golden_prompts(checkpoint, (70, 65, 43), 50)
     filling = [Golden(g.prompt, g.answer[: 100 - len(g.prompt)]) for g in golden]
-    setup = Setup("ratio2", num_drafts, engine().cache * cache, max_model_len=100 + engine().context_reserve)
+    setup = Setup(
+        "ratio2", num_drafts, engine().cache * cache, max_model_len=100 + engine().context_reserve(num_drafts)
+    )
     job = Job(str(checkpoint), engine().inside(setup), [asks(filling), asks(filling)], draft_fault_rate=0.0)
     result = run_inside(job)
     assert [len(g.prompt) + len(g.answer) for g in filling] == [100, 100, 93]
