@@ -22,7 +22,8 @@ _EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
 _PHASES = [
     (re.compile(pattern), phase)
     for pattern, phase in (
-        (r"Resolved architecture|Initializing an? .*engine|server_args=", "reading the model's configuration"),
+        (r"Resolved architecture|Initializing an? .*engine", "reading the model's configuration"),
+        (r"server_args=", "starting its processes"),
         (r"Starting to load model|Loading (safetensors|weights)|Load weight begin", "loading weights"),
         (r"Loading weights took|Model loading took|Load weight end", "weights are loaded"),
         (r"torch\.compile|Dynamo|Compiling a graph|Warming up", "compiling"),
