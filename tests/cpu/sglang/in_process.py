@@ -61,10 +61,13 @@ def start(path: Path, *, rank: int = 0, size: int = 1, meeting: Path, **argument
 
 def load(path: Path, *, drafter: bool = False) -> nn.Module:
     """The class SGLang builds for a checkpoint, loaded by SGLang's own loader in float32."""
-    config = ModelConfig.from_server_args(
-        runtime_context.get_server_args(), model_path=str(path), is_draft_model=drafter
-    )
+    config = model_config(path, drafter)
     return get_model(model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu"))
+
+
+def model_config(path: Path, drafter: bool = False) -> ModelConfig:
+    """What SGLang makes of a checkpoint's config.json."""
+    return ModelConfig.from_server_args(runtime_context.get_server_args(), model_path=str(path), is_draft_model=drafter)
 
 
 def run(model: nn.Module, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | None = None) -> list[torch.Tensor]:

@@ -4,11 +4,7 @@ import inspect
 from importlib import import_module
 from pkgutil import iter_modules
 
-import pytest
-
-pytest.importorskip("sglang")
-
-from qwen3next_plugin import sglang_integration  # noqa: E402
+from qwen3next_plugin import sglang_integration
 
 # SGLang's models (Qwen3-Next among them), Gated DeltaNet backends and MoE blocks: derived from nowhere.
 FOREIGN = (

@@ -4,16 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang import __version__
+from sglang.srt.server_args import ServerArgs
 
-pytest.importorskip("sglang")
-
-from sglang import __version__  # noqa: E402
-from sglang.srt.server_args import ServerArgs  # noqa: E402
-
-from qwen3next_plugin.config import parse_config  # noqa: E402
-from qwen3next_plugin.errors import ConfigError  # noqa: E402
-from qwen3next_plugin.sglang_integration.limits import LATER_LIMITS, LIMITS, check_supported  # noqa: E402
-from tests.configs import new_form  # noqa: E402
+from qwen3next_plugin.config import parse_config
+from qwen3next_plugin.errors import ConfigError
+from qwen3next_plugin.sglang_integration.limits import LATER_LIMITS, LIMITS, check_supported
+from tests.configs import new_form
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 DEFAULTS = {"tp_size": 4, "ep_size": 1, "quantization": None, "moe_a2a_backend": "none", "pp_size": 1}

@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.reference import ReferenceModel
 from tests.helpers import relative_error
 
-pytest.importorskip("sglang")
-
-from .in_process import load, run, spawn, start  # noqa: E402
+from .in_process import load, run, spawn, start
 
 SEQUENCES = [[5, 6, 7, 8, 9], [1], list(range(90)), [3, 3, 3]]
 SHAPES: dict[str, dict[str, Any]] = {
     "ratio1": {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
     "ratio2": {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "ratio4": {"linear_num_key_heads": 2, "linear_num_value_heads": 8},
-    "one KV head, dense layer, tied": {
+    "dense-tied-one-KV-head": {
         "num_key_value_heads": 1,
         "mlp_only_layers": [1],
         "tie_word_embeddings": True,
@@ -77,23 +76,41 @@ def test_the_drafter_says_what_the_oracles_mtp_layer_says(tmp_path: Path) -> Non
         assert relative_error(x, expected) < TOLERANCE
 
 
-def _rank(rank: int, path: str, meeting: str, expert_parallel: bool, results: str) -> None:
-    arguments = {"ep_size": 2} if expert_parallel else {}
-    start(Path(path), rank=rank, size=2, meeting=Path(meeting), **arguments)
-    model = load(Path(path))
-    experts = next(m for m in model.modules() if hasattr(m, "w13"))
-    torch.save((run(model, SEQUENCES), tuple(experts.w13.shape)), f"{results}.{rank}")
+# One pair of processes for all of them: SGLang takes long to import.
+ON_TWO_RANKS = {
+    "ratio4": {},
+    "dense-tied-one-KV-head": {},
+    "ratio1": {"ep_size": 2},
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "expert_parallel"), [("ratio4", False), ("one KV head, dense layer, tied", False), ("ratio1", True)]
-)
-def test_two_ranks_say_what_one_says(name: str, expert_parallel: bool, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, name)
-    spawn(_rank, 2, str(path), str(tmp_path / "meeting"), expert_parallel, str(tmp_path / "result"))
-    spec = oracle(path).spec
-    experts, rows = spec.moe.num_experts, 2 * spec.moe.intermediate_size
-    for rank in range(2):
-        hidden, shape = torch.load(f"{tmp_path / 'result'}.{rank}")
-        assert shape[:2] == ((experts // 2, rows) if expert_parallel else (experts, rows // 2))
-        assert max(errors(hidden, path)) < TOLERANCE
+def _rank(rank: int, directory: str) -> None:
+    results = {}
+    for name, arguments in ON_TWO_RANKS.items():
+        path = Path(directory) / name
+        start(path, rank=rank, size=2, meeting=Path(directory) / "meeting", **arguments)
+        model = load(path)
+        experts = next(module for module in model.modules() if hasattr(module, "w13"))
+        results[name] = (run(model, SEQUENCES), tuple(experts.w13.shape))
+    torch.save(results, f"{directory}/result.{rank}")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a checkpoint a case, and in result.0 and result.1 what each rank found."""
+    directory = tmp_path_factory.mktemp("two_ranks")
+    for name in ON_TWO_RANKS:
+        checkpoint(directory, name)
+    spawn(_rank, 2, str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_two_ranks_say_what_one_says(name: str, rank: int, two_ranks: Path) -> None:
+    path = two_ranks / name
+    hidden, shape = torch.load(two_ranks / f"result.{rank}")[name]
+    moe = load_spec(path).moe
+    experts, rows = moe.num_experts, 2 * moe.intermediate_size
+    assert shape[:2] == ((experts // 2, rows) if "ep_size" in ON_TWO_RANKS[name] else (experts, rows // 2))
+    assert max(errors(hidden, path)) < TOLERANCE
