@@ -61,8 +61,9 @@ lint: environment
 cpu-tests: environment
 	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests --ignore=tests/e2e)
 
+# A further version of an engine gets the short selection.
 e2e-tests: environment
-	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e)
+	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),tests/e2e $(if $(findstring -next,$(ENGINE)),-m quick))
 
 # The tests that another engine's environment skips.
 TESTS_OF_vllm := tests/cpu/vllm tests/cpu/doctor
