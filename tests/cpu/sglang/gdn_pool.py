@@ -93,7 +93,9 @@ def formula(layer: RadixLinearAttention, inputs: Inputs) -> Expected:
 class Harness:
     """One rank's linear attention: pool, layers, backend, and the sequences of the requests in it."""
 
-    def __init__(self, *, num_drafts: int = 0, ssm_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, *, num_drafts: int = 0, ssm_dtype: torch.dtype = torch.float32, topk: int = 1, **options: Any
+    ) -> None:
         self.num_tokens = num_drafts + 1
         self.tolerance = 1e-5 if ssm_dtype == torch.float32 else 2e-2
         shape = Mamba2StateShape.create(
@@ -120,7 +122,8 @@ class Harness:
             mamba_layer_ids=list(LINEAR_LAYERS),
             enable_mamba_extra_buffer=True,
             speculative_num_draft_tokens=self.num_tokens if num_drafts else None,
-            speculative_eagle_topk=1 if num_drafts else None,
+            speculative_eagle_topk=topk if num_drafts else None,
+            **options,
         )
         self.cache = self.pool.mamba_pool.mamba_cache
         for state in self._states():
@@ -129,14 +132,15 @@ class Harness:
         for row, slot in self.slot_of.items():
             self.pool.req_index_to_mamba_index_mapping[row] = slot
         self.layers = {layer: _make_layer(layer) for layer in LINEAR_LAYERS}
-        runner = SimpleNamespace(
+        self.runner = SimpleNamespace(
             server_args=SimpleNamespace(enable_mis=False),
             device="cpu",
             is_draft_worker=False,
             req_to_token_pool=self.pool,
             token_to_kv_pool=None,
         )
-        self.backend = Qwen3NextGdnBackend(runner)
+        with runtime_context.get_spec().override(speculative_eagle_topk=topk):
+            self.backend = Qwen3NextGdnBackend(self.runner)
         self.hybrid = HybridLinearAttnBackend(_FullAttention(self.pool), self.backend, [FULL_LAYER])
         self.sequences = {row: History() for row in self.slot_of}
         self.kept: dict[int, tuple[int, int]] = {}  # slot of a snapshot -> (row, length) it must hold
@@ -202,33 +206,33 @@ class Harness:
             at_end = after == length // 64 * 64
             marks.append(-1 if after < 0 else end if at_end else end - length + after + 1)
             slots.append(slot)
-        fields = _tracking(slots, [row in keep for row in rows])
+        fields = tracking(slots, [row in keep for row in rows])
         batch = self.batch(ForwardMode.EXTEND, rows, lengths, mamba_track_seqlens=torch.tensor(marks), **fields)
-        inputs = self._draw(sum(lengths))
+        inputs = self.draw(sum(lengths))
         self.hybrid.init_forward_metadata(batch)
         outputs = self.forward(batch, inputs)
         for row, (slot, after) in keep.items():
             self.kept[slot] = (row, len(self.sequences[row]) + after)
-        self._settle(rows, lengths, inputs, outputs)
+        self.settle(rows, lengths, inputs, outputs)
 
     def decode(self, rows: Sequence[int], keep: Mapping[int, int] | None = None) -> None:
         """One token a row; keep: row -> slot of a snapshot."""
         keep = keep or {}
-        fields = _tracking([keep.get(row, 0) for row in rows], [row in keep for row in rows])
+        fields = tracking([keep.get(row, 0) for row in rows], [row in keep for row in rows])
         batch = self.batch(ForwardMode.DECODE, rows, [1] * len(rows), **fields)
-        inputs = self._draw(len(rows))
+        inputs = self.draw(len(rows))
         self.hybrid.init_forward_metadata(batch)
         outputs = self.forward(batch, inputs)
         for row, slot in keep.items():
             self.kept[slot] = (row, len(self.sequences[row]) + 1)
-        self._settle(rows, [1] * len(rows), inputs, outputs)
+        self.settle(rows, [1] * len(rows), inputs, outputs)
 
     def verify(
         self, rows: Sequence[int], accepted: Sequence[int], keep: Mapping[int, tuple[int, int]] | None = None
     ) -> None:
         """num_tokens tokens a row, of which the first `accepted` are kept; keep: row -> (slot, step of a snapshot)."""
         batch = self.verify_batch(rows)
-        inputs = self._draw(self.num_tokens * len(rows))
+        inputs = self.draw(self.num_tokens * len(rows))
         self.hybrid.init_forward_metadata(batch)
         before = [state.clone() for state in self._states()[:2]]
         outputs = self.forward(batch, inputs)
@@ -259,12 +263,12 @@ class Harness:
         )
         for row, (slot, step) in keep.items():
             self.kept[slot] = (row, len(self.sequences[row]) + step + 1)
-        self._settle(rows, [self.num_tokens] * len(rows), inputs, outputs, accepted)
+        self.settle(rows, [self.num_tokens] * len(rows), inputs, outputs, accepted)
 
-    def _draw(self, tokens: int) -> dict[int, Inputs]:
+    def draw(self, tokens: int) -> dict[int, Inputs]:
         return {layer: make_inputs(tokens) for layer in LINEAR_LAYERS}
 
-    def _settle(
+    def settle(
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
@@ -349,7 +353,7 @@ def _make_layer(layer: int) -> RadixLinearAttention:
     )
 
 
-def _tracking(slots: Sequence[int], mask: Sequence[bool]) -> dict[str, torch.Tensor]:
+def tracking(slots: Sequence[int], mask: Sequence[bool]) -> dict[str, torch.Tensor]:
     return {
         "mamba_track_indices": torch.tensor(slots, dtype=torch.int64),
         "mamba_track_mask": torch.tensor(mask, dtype=torch.bool),

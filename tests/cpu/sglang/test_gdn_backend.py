@@ -1,11 +1,17 @@
 """Our Gated DeltaNet backend over SGLang's own pool: every step's outputs and all states, against float64."""
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import sglang.srt.layers.attention.linear.gdn_backend  # noqa: F401  (the class that is looked for)
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from tests.cpu.sglang.gdn_pool import NUM_REQUESTS, Harness, publish
+from qwen3next_plugin.errors import RegistrationError
+from qwen3next_plugin.sglang_integration import gdn_backend
+from tests.cpu.sglang.gdn_pool import NUM_REQUESTS, Harness, Inputs, publish, tracking
 
 
 @pytest.fixture(autouse=True)
@@ -95,3 +101,90 @@ def test_any_sequence_of_steps(seed: int, ssm_dtype: torch.dtype, proof: bool) -
                 if dice.random() < 0.4
             }
             harness.verify(begun + padding, accepted + [1] * len(padding), keep)
+
+
+def replay(harness: Harness, batch: Any, rows: list[int], inputs: dict[int, Inputs]) -> dict[int, torch.Tensor]:
+    """What a replay does: refresh the buffers with `rows` and padding, then run what was captured on `batch`."""
+    captured = harness.backend.forward_metadata
+    size = batch.batch_size
+    batch.req_pool_indices.copy_(torch.tensor(rows + [0] * (size - len(rows))))
+    view = SimpleNamespace(
+        batch_size=size,
+        forward_mode=batch.forward_mode,
+        req_pool_indices=batch.req_pool_indices,
+        seq_lens_cpu=None,
+        spec_info=batch.spec_info,
+        num_padding=size - len(rows),
+        mamba_track_indices=batch.mamba_track_indices,
+    )
+    harness.hybrid.init_forward_metadata_out_graph(view)
+    of_the_replay, harness.backend.forward_metadata = harness.backend.forward_metadata, captured
+    harness.hybrid.init_forward_metadata_in_graph(batch)
+    outputs = harness.forward(batch, inputs)
+    harness.backend.forward_metadata = of_the_replay
+    return outputs
+
+
+def test_decode_replays_with_other_rows_padding_and_snapshots() -> None:
+    harness = Harness()
+    harness.extend([1, 2, 3], [5, 6, 7])
+    harness.backend.init_cuda_graph_state(4, 4)
+    batch = harness.batch(ForwardMode.DECODE, [0, 0, 0], [1] * 3, **tracking([0] * 3, [False] * 3))
+    harness.hybrid.init_forward_metadata_out_graph(batch, in_capture=True)
+    captured = harness.backend.forward_metadata
+    for rows, keep in (([3, 1], {1: 5}), ([2, 3, 1], {}), ([2], {2: 7})):
+        assert batch.mamba_track_indices is not None and batch.mamba_track_mask is not None
+        for n in range(3):
+            batch.mamba_track_mask[n] = n < len(rows) and rows[n] in keep
+            batch.mamba_track_indices[n] = keep.get(rows[n], 0) if n < len(rows) else 0
+        inputs = harness.draw(3)
+        harness.backend.forward_metadata = captured
+        outputs = replay(harness, batch, rows, inputs)
+        harness.kept |= {slot: (row, len(harness.sequences[row]) + 1) for row, slot in keep.items()}
+        harness.settle(rows + [0] * (3 - len(rows)), [1] * 3, inputs, outputs)
+
+
+def test_verification_replays_with_other_rows_and_padding() -> None:
+    harness = Harness(num_drafts=2)
+    harness.extend([1, 2, 3], [5, 6, 7])
+    harness.backend.init_cuda_graph_state(4, 12)
+    batch = harness.verify_batch([0, 0, 0])
+    harness.hybrid.init_forward_metadata_out_graph(batch, in_capture=True)
+    captured = harness.backend.forward_metadata
+    for rows, accepted in (([3, 1], [2, 3]), ([2, 3, 1], [1, 3, 2]), ([1], [2])):
+        inputs = harness.draw(9)
+        harness.backend.forward_metadata = captured
+        outputs = replay(harness, batch, rows, inputs)
+        harness.commit(rows + [0] * (3 - len(rows)), accepted + [1] * (3 - len(rows)), inputs, outputs, {})
+
+
+def test_a_tree_of_drafts_is_refused() -> None:
+    with pytest.raises(RegistrationError, match="--speculative-eagle-topk is 2.*set it to 1"):
+        Harness(num_drafts=2, topk=2)
+
+
+def test_sglangs_ring_of_states_is_refused() -> None:
+    with pytest.raises(RegistrationError, match="--enable-linear-replayssm"):
+        Harness(enable_linear_replayssm=True)
+
+
+def test_chunks_that_no_snapshot_fits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gdn_backend, "mamba_cache_chunk_size", lambda: 32)
+    with pytest.raises(RegistrationError, match="every 32 tokens.*--page-size"):
+        Harness()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [
+        ("Qwen3NextForCausalLM", "Qwen3NextGdnBackend"),
+        ("Qwen3NextForCausalLMMTP", "Qwen3NextGdnBackend"),
+        ("Qwen3_5MoeForCausalLM", "GDNAttnBackend"),
+    ],
+)
+def test_other_models_keep_sglangs_backend(architecture: str, backend: str) -> None:
+    runner = Harness().runner
+    runner.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    triton = SimpleNamespace(is_triton=lambda: True, is_flashinfer=lambda: False)
+    runner.linear_attn_backends = SimpleNamespace(decode=triton, prefill=triton, verify=triton)
+    assert type(gdn_backend.make_gdn_backend(runner)).__name__ == backend
