@@ -34,11 +34,10 @@ def complete_model_rope(model_config: ModelConfig, context_length: int | None) -
         raise broken("rope_parameters", "were read by another parser than SGLang's own", "use --model-config-parser hf")
     check_rope_dicts(overrides)
     _check_fields_beside(written, overrides)
-    asked = next((overrides[name] for name in ROPE_DICTS if overrides.get(name)), None)
     length = overrides.get("max_position_embeddings")
     rope = complete_rope(
         written,
-        asked=asked,
+        asked=_asked(overrides),
         shortcut=read_settings().rope,
         asked_length=length if length != written["max_position_embeddings"] else None,
     )
@@ -51,12 +50,16 @@ def complete_model_rope(model_config: ModelConfig, context_length: int | None) -
         setattr(hf_config, name, rope.parameters[name])
 
 
+def _asked(overrides: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((overrides[name] for name in ROPE_DICTS if overrides.get(name)), None)
+
+
 def check_processes_without_plugins(model_config: ModelConfig) -> None:
     """Raise ConfigError if SGLang's tokenizer workers, which load no plugins, would derive another context length."""
     hf_config, overrides = model_config.hf_config, model_config.model_override_args
     whole = {"rope_parameters": hf_config.rope_parameters, "max_position_embeddings": hf_config.max_position_embeddings}
     length = overrides.get("max_position_embeddings", getattr(hf_config, WRITTEN_ROPE)["max_position_embeddings"])
-    asked = next((overrides[name] for name in ROPE_DICTS if overrides.get(name)), {})
+    asked = _asked(overrides) or {}
     # SGLang multiplies the length by the factor of a dict that does not name the original one.
     named = "factor" not in asked or "original_max_position_embeddings" in asked
     if length != hf_config.max_position_embeddings or not named:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from qwen3next_plugin.sglang_integration.inquiry import NAME
+from qwen3next_plugin import sglang_integration
+from qwen3next_plugin.sglang_integration.inquiry import NAME, ask
 
-CASES = {
+CASES: dict[str, dict[str, str]] = {
     "as installed": {},
     "filtered out": {"SGLANG_PLUGINS": "another"},
-    "refused": {"QWEN3NEXT_ROPE": "yarn"},
 }
 
 
@@ -22,11 +22,8 @@ CASES = {
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("inquiry")
 
-    def ask(variables: dict[str, str]) -> dict[str, str]:
-        return inquire(variables, folder)
-
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(ask, CASES.values()), strict=True))
+        return dict(zip(CASES, pool.map(lambda variables: inquire(variables, folder), CASES.values()), strict=True))
 
 
 def inquire(variables: dict[str, str], folder: Path) -> dict[str, str]:
@@ -50,5 +47,9 @@ def test_sglangs_own_variable_may_leave_it_out(answers: dict[str, dict[str, str]
     assert "SGLANG_PLUGINS=another" in answers["filtered out"]["found"]
 
 
-def test_a_refusal_is_passed_on(answers: dict[str, dict[str, str]]) -> None:
-    assert answers["refused"]["kind"] == "refused" and "QWEN3NEXT_ROPE is 'yarn'" in answers["refused"]["found"]
+def test_a_refusal_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglang.srt.plugins.load_plugins", sglang_integration.register)
+    monkeypatch.delenv("QWEN3NEXT_PLUGIN", raising=False)
+    monkeypatch.setenv("QWEN3NEXT_ROPE", "yarn")
+    answer = ask()
+    assert answer["kind"] == "refused" and "QWEN3NEXT_ROPE is 'yarn'" in answer["found"]
