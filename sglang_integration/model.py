@@ -16,8 +16,9 @@ from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
 from .activation import announce
-from .decoder import Qwen3NextDecoderLayer
+from .decoder import decoder_layer
 from .loading import load_weights
+from .moe import parallel_layers
 from .spec import cos_sin_table, spec_of
 
 
@@ -28,17 +29,10 @@ class Qwen3NextModel(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
         cos_sin = cos_sin_table(spec)
+        layers = parallel_layers(quant_config)
         self.layers = nn.ModuleList(
-            Qwen3NextDecoderLayer(
-                spec,
-                index,
-                quant_config,
-                kind=kind,
-                dense=index in spec.dense_layers,
-                cos_sin=cos_sin,
-                prefix=f"{prefix}.layers.{index}",
-            )
-            for index, kind in enumerate(spec.layer_kinds)
+            decoder_layer(spec, layers, i, cos_sin, f"{prefix}.layers.{i}", kind=kind, dense=i in spec.dense_layers)
+            for i, kind in enumerate(spec.layer_kinds)
         )
         self.norm = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
 

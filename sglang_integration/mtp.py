@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
 from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
-from .decoder import Qwen3NextDecoderLayer
+from .decoder import decoder_layer
 from .loading import load_weights
 from .model import SharedEmbeddingAndHead
+from .moe import parallel_layers
 from .spec import cos_sin_table
 
 
@@ -31,19 +32,8 @@ class Qwen3NextPredictor(nn.Module):
         self.fc = ReplicatedLinear(
             2 * spec.hidden_size, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.fc"
         )
-        self.layers = nn.ModuleList(
-            [
-                Qwen3NextDecoderLayer(
-                    spec,
-                    0,
-                    quant_config,
-                    kind=LayerKind.FULL,
-                    dense=False,
-                    cos_sin=cos_sin_table(spec),
-                    prefix=f"{prefix}.layers.0",
-                )
-            ]
-        )
+        layers, cos_sin, name = parallel_layers(quant_config), cos_sin_table(spec), f"{prefix}.layers.0"
+        self.layers = nn.ModuleList([decoder_layer(spec, layers, 0, cos_sin, name, kind=LayerKind.FULL, dense=False)])
         self.pre_fc_norm_embedding = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.norm = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -53,13 +43,17 @@ class Qwen3NextPredictor(nn.Module):
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
-        hidden_states: torch.Tensor,
-        inputs_embeds: torch.Tensor | None = None,
+        input_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states [T, hidden_size]: the main model's, or this model's own when it drafts another token ahead."""
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        joined = torch.cat([self.pre_fc_norm_embedding(inputs_embeds), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
+        """Reads hidden states [T, hidden_size] from the batch: the main model's, or its own when it drafts further.
+
+        From the batch, because SGLang captures this function for prefill with these four arguments and keeps what the
+        batch holds, not what a caller would pass, at fixed addresses.
+        """
+        if input_embeds is None:
+            input_embeds = self.embed_tokens(input_ids)
+        hidden_states = forward_batch.spec_info.hidden_states
+        joined = torch.cat([self.pre_fc_norm_embedding(input_embeds), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
         mixed, _ = self.fc(joined)
         hidden_states, residual = self.layers[0](positions, mixed, None, forward_batch)
         hidden_states, _ = self.norm.add(hidden_states, residual)
@@ -87,9 +81,7 @@ class Qwen3NextForCausalLMMTP(SharedEmbeddingAndHead):
         input_embeds: torch.Tensor | None = None,
         **kwargs: object,
     ) -> LogitsProcessorOutput:
-        hidden_states = self.model(
-            input_ids, positions, forward_batch, forward_batch.spec_info.hidden_states, input_embeds
-        )
+        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

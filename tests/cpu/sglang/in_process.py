@@ -75,10 +75,13 @@ def run(model: nn.Module, sequences: Sequence[Sequence[int]], hidden: torch.Tens
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
     positions = torch.cat([torch.arange(length) for length in lengths])
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, global_num_token_non_padded_cpu=len(tokens))
-    inputs = (tokens, positions, batch) if hidden is None else (tokens, positions, batch, hidden)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        global_num_token_non_padded_cpu=len(tokens),
+        spec_info=SimpleNamespace(hidden_states=hidden),
+    )
     with torch.no_grad(), forward_context(ForwardContext(attn_backend=_WholeBatch(lengths))):
-        return list(model.model(*inputs).split(lengths))
+        return list(model.model(tokens, positions, batch).split(lengths))
 
 
 class _WholeBatch:

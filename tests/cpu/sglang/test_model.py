@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.reference import ReferenceModel
+from qwen3next_plugin.sglang_integration.model import Qwen3NextModel
+from qwen3next_plugin.sglang_integration.mtp import Qwen3NextPredictor
 from tests.helpers import relative_error
 
 from .in_process import load, run, spawn, start
@@ -74,6 +77,13 @@ def test_the_drafter_says_what_the_oracles_mtp_layer_says(tmp_path: Path) -> Non
     for x, sequence, after in zip(drafted, SEQUENCES, following, strict=True):
         expected = model.mtp(model.hidden(model.tokens(sequence)), model.tokens(after))[0]
         assert relative_error(x, expected) < TOLERANCE
+
+
+def test_bodies_have_the_arguments_of_a_captured_prefill() -> None:
+    """SGLang's segment-captured prefill calls them so, and looks the last one up by its name."""
+    for body in (Qwen3NextModel, Qwen3NextPredictor):
+        names = list(inspect.signature(body.forward).parameters)
+        assert names == ["self", "input_ids", "positions", "forward_batch", "input_embeds"]
 
 
 # One pair of processes for all of them: SGLang takes long to import.
