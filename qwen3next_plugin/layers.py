@@ -1,12 +1,15 @@
-"""What both engines' layers are made of: weights under the checkpoint's names, our kernels called between them.
+"""Qwen3-Next's layers as both engines run them: weights under the checkpoint's names, our kernels called between them.
 
-The projections, the attention over the cache and the sums over ranks are the engine's; its classes add those.
+The engine lends its layers that are cut over ranks (`ParallelLayers`); its adapter adds attention over its cache and
+the recurrent core over its states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +19,49 @@ from .errors import PluginError
 from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .kernels.norm import add_rms_norm, rms_norm, rms_norm_gated
-from .kernels.rope import qk_norm_rope
+from .kernels.rope import qk_norm_rope, sigmoid_gate
 from .weights import Placement, shard_fused
 
 FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class ParallelLayers:
+    """An engine's linear layers, which load their own slices, and this process's place among the tensor-parallel ranks.
+
+    The layers' forward returns a tuple with the output first. ``expert_block`` says of a module of experts whether its
+    weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks.
+    """
+
+    rank: int
+    size: int
+    expert_parallel: bool
+    quant_config: Any
+    expert_block: Callable[[str], int | None]
+    merged_column: Callable[..., nn.Module]
+    qkv: Callable[..., nn.Module]
+    row: Callable[..., nn.Module]
+    replicated: Callable[..., nn.Module]
+    silu_and_mul: Callable[[], nn.Module]
+    all_reduce: Callable[[torch.Tensor], torch.Tensor]
+
+    def options(self, prefix: str) -> dict[str, Any]:
+        """What every quantisable layer is built with; ``prefix`` is its name in the checkpoint."""
+        return {"bias": False, "quant_config": self.quant_config, "prefix": prefix}
+
+
+def fp8_expert_block(method: str, block: Sequence[int] | None, prefix: str, engine: str) -> int:
+    """128 for experts in FP8 with 128x128 scales.
+
+    Raises PluginError for any other format: serving it with the wrong arithmetic would be silent.
+    """
+    if method == "fp8" and block is not None and list(block) == [FP8_BLOCK, FP8_BLOCK]:
+        return FP8_BLOCK
+    raise PluginError(
+        f"quantization: the experts of {prefix} are stored as {method} (weight_block_size {block}), which this plugin "
+        "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
+        f"stock {engine}."
+    )
 
 
 def frozen_parameter(
@@ -58,57 +100,83 @@ class ZeroCentredRMSNorm(WeightHolder):
 
 
 class GdnParts(nn.Module):
-    """A Gated DeltaNet layer without its projections and its recurrent core; the sizes are those of one rank."""
+    """A Gated DeltaNet layer without its recurrent core; sizes are those of one rank.
 
-    def __init__(self, spec: Qwen3NextSpec, rank: int, size: int, prefix: str) -> None:
+    The checkpoint's interleaved projections are re-laid flat (q | k | v | z and b | a) at load.
+    """
+
+    def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> None:
         super().__init__()
-        gdn = spec.gdn
-        self.spec, self.prefix = spec, prefix
-        self.tp_rank, self.tp_size = rank, size
-        self.num_k_heads = gdn.num_k_heads // size
-        self.num_v_heads = gdn.num_v_heads // size
+        gdn, rank, size = spec.gdn, layers.rank, layers.size
+        self.prefix = prefix
+        self.eps = spec.rms_norm_eps
+        self.num_k_heads, self.num_v_heads = gdn.num_k_heads // size, gdn.num_v_heads // size
         self.head_v_dim = gdn.head_v_dim
         self.conv_dim = gdn.conv_dim // size
-        self.conv1d = WeightHolder(self.conv_dim, gdn.conv_kernel_size, loader=self._loader("conv1d.weight"))
+        self.in_proj_qkvz = layers.merged_column(
+            spec.hidden_size,
+            [gdn.key_dim, gdn.key_dim, gdn.value_dim, gdn.value_dim],
+            **layers.options(f"{prefix}.in_proj_qkvz"),
+        )
+        self.in_proj_ba = layers.merged_column(
+            spec.hidden_size, [gdn.num_v_heads, gdn.num_v_heads], **layers.options(f"{prefix}.in_proj_ba")
+        )
+        self.out_proj = layers.row(gdn.value_dim, spec.hidden_size, **layers.options(f"{prefix}.out_proj"))
+
+        def load(name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+            parameter.data.copy_(shard_fused(f"{prefix}.{name}", loaded, spec, rank, size))
+
+        self.conv1d = WeightHolder(self.conv_dim, gdn.conv_kernel_size, loader=partial(load, "conv1d.weight"))
         self.norm = WeightHolder(gdn.head_v_dim)
-        self.A_log = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=self._loader("A_log"))
-        self.dt_bias = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=self._loader("dt_bias"))
+        self.A_log = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=partial(load, "A_log"))
+        self.dt_bias = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=partial(load, "dt_bias"))
 
-    def _loader(self, name: str) -> Callable[[nn.Parameter, torch.Tensor], None]:
-        return partial(self._load_shard, f"{self.prefix}.{name}")
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]."""
+        return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0]
 
-    def _load_shard(self, name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        parameter.data.copy_(shard_fused(name, loaded, self.spec, self.tp_rank, self.tp_size))
+    def core_inputs(self, qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of the projections: mixed_qkv [T, conv_dim], a and b [T, HV]."""
+        return qkvz[:, : self.conv_dim], ba[:, self.num_v_heads :], ba[:, : self.num_v_heads]
 
-    def split(self, qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views of this rank's projections: mixed_qkv [T, conv_dim], z [T, HV, V], b [T, HV], a [T, HV]."""
+    def finish(self, core: torch.Tensor, qkvz: torch.Tensor) -> torch.Tensor:
+        """core [T, HV, V] normed, gated by z and projected -> [T, hidden_size], summed over the ranks."""
         z = qkvz[:, self.conv_dim :].unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return qkvz[:, : self.conv_dim], z, ba[:, : self.num_v_heads], ba[:, self.num_v_heads :]
-
-    def gated_norm(self, core: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """core and z [T, HV, V] -> [T, HV * V], what the output projection reads."""
-        return rms_norm_gated(core, z, self.norm.weight, self.spec.rms_norm_eps).flatten(1)
+        return self.out_proj(rms_norm_gated(core, z, self.norm.weight, self.eps).flatten(1))[0]
 
 
 class GatedAttentionParts(nn.Module):
-    """Gated attention without its projections and cache; all layers share `cos_sin` [P, rotary_dim] fp32."""
+    """Attention whose query projection carries an output gate, without the attention over a cache.
 
-    def __init__(self, spec: Qwen3NextSpec, size: int, cos_sin: torch.Tensor) -> None:
+    All layers share `cos_sin` [P, rotary_dim] fp32; sizes are those of one rank.
+    """
+
+    def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, cos_sin: torch.Tensor, prefix: str) -> None:
         super().__init__()
         attention = spec.attention
         self.eps = spec.rms_norm_eps
         self.head_dim = attention.head_dim
-        self.num_heads = attention.num_heads // size
-        self.num_kv_heads = max(1, attention.num_kv_heads // size)
+        self.num_heads = attention.num_heads // layers.size
+        self.num_kv_heads = max(1, attention.num_kv_heads // layers.size)
+        self.qkv_proj = layers.qkv(
+            spec.hidden_size,
+            attention.head_dim,
+            2 * attention.num_heads,  # per head: query, then gate
+            attention.num_kv_heads,
+            **layers.options(f"{prefix}.qkv_proj"),
+        )
+        self.o_proj = layers.row(
+            attention.num_heads * attention.head_dim, spec.hidden_size, **layers.options(f"{prefix}.o_proj")
+        )
         self.q_norm = WeightHolder(attention.head_dim)
         self.k_norm = WeightHolder(attention.head_dim)
         self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin, persistent=False)
 
-    def norm_and_rotate(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """This rank's projection [T, ...] -> q and gate [T, heads * D], k and v [T, kv_heads * D], as q, k, v, gate."""
+    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate."""
         return qk_norm_rope(
-            qkv,
+            self.qkv_proj(hidden_states)[0],
             self.q_norm.weight,
             self.k_norm.weight,
             self.cos_sin,
@@ -119,19 +187,26 @@ class GatedAttentionParts(nn.Module):
             eps=self.eps,
         )
 
+    def finish(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Both [T, heads * D] -> [T, hidden_size], summed over the ranks."""
+        return self.o_proj(sigmoid_gate(attended, gate))[0]
 
-def fp8_expert_block(method: str, block: Sequence[int] | None, prefix: str, engine: str) -> int:
-    """128 for experts in FP8 with 128x128 scales.
 
-    Raises PluginError for any other format: serving it with the wrong arithmetic would be silent.
-    """
-    if method == "fp8" and block is not None and list(block) == [FP8_BLOCK, FP8_BLOCK]:
-        return FP8_BLOCK
-    raise PluginError(
-        f"quantization: the experts of {prefix} are stored as {method} (weight_block_size {block}), which this plugin "
-        "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
-        f"stock {engine}."
-    )
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), the plain MLP and the shared expert."""
+
+    def __init__(
+        self, hidden_size: int, width: int, layers: ParallelLayers, prefix: str, reduce_results: bool = True
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = layers.merged_column(hidden_size, [width] * 2, **layers.options(f"{prefix}.gate_up_proj"))
+        self.down_proj = layers.row(
+            width, hidden_size, reduce_results=reduce_results, **layers.options(f"{prefix}.down_proj")
+        )
+        self.act = layers.silu_and_mul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(hidden_states)[0]))[0]
 
 
 class RoutedExperts(nn.Module):
@@ -164,36 +239,44 @@ class RoutedExperts(nn.Module):
         return fused_moe(hidden_states, self.w13, self.w2, weights, ids, self.w13_scale_inv, self.w2_scale_inv)
 
 
-class MoeParts(nn.Module):
-    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate.
+class SparseMoE(nn.Module):
+    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate."""
 
-    ``gate`` is the engine's linear layer (its output comes first in a tuple), ``shared_expert`` its MLP.
-    """
-
-    def __init__(
-        self, spec: Qwen3NextSpec, *, gate: nn.Module, experts: RoutedExperts, shared_expert: nn.Module
-    ) -> None:
+    def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> None:
         super().__init__()
-        self.moe = spec.moe
-        self.gate = gate
-        self.experts = experts
-        self.shared_expert = shared_expert
-        self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
-
-    def partial_sum(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size], to be summed over the tensor-parallel ranks."""
-        logits = self.gate(hidden_states)[0]
-        weights, ids = route(logits, self.moe.top_k, self.moe.norm_topk_prob)
-        routed = self.experts(hidden_states, weights, ids)
-        return add_shared_expert(
-            routed, self.shared_expert(hidden_states), hidden_states, self.shared_expert_gate.weight
+        self.moe = moe = spec.moe
+        unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
+        self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
+        shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
+        self.experts = RoutedExperts(shard, layers.expert_block(f"{prefix}.experts"))
+        self.shared_expert = GatedMLP(
+            spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
         )
+        self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
+        self.all_reduce = layers.all_reduce if layers.size > 1 else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size], summed over the ranks."""
+        weights, ids = route(self.gate(hidden_states)[0], self.moe.top_k, self.moe.norm_topk_prob)
+        routed = self.experts(hidden_states, weights, ids)
+        shared = self.shared_expert(hidden_states)
+        output = add_shared_expert(routed, shared, hidden_states, self.shared_expert_gate.weight)
+        return output if self.all_reduce is None else self.all_reduce(output)
 
 
-class DecoderParts(nn.Module):
+class DecoderLayer(nn.Module):
     """Pre-norm residual layer around one token mixer and one MLP; sub-modules carry the checkpoint's names."""
 
-    def __init__(self, spec: Qwen3NextSpec, kind: LayerKind, mixer: nn.Module, mlp: nn.Module) -> None:
+    def __init__(
+        self,
+        spec: Qwen3NextSpec,
+        layers: ParallelLayers,
+        kind: LayerKind,
+        mixer: nn.Module,
+        *,
+        dense: bool,
+        prefix: str,
+    ) -> None:
         super().__init__()
         self.kind = kind
         # Engines tell the kinds of layers apart by which of the two names is there.
@@ -201,7 +284,11 @@ class DecoderParts(nn.Module):
             self.linear_attn = mixer
         else:
             self.self_attn = mixer
-        self.mlp = mlp
+        self.mlp: nn.Module
+        if dense:
+            self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size, layers, f"{prefix}.mlp")
+        else:
+            self.mlp = SparseMoE(spec, layers, f"{prefix}.mlp")
         self.input_layernorm = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.post_attention_layernorm = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
 

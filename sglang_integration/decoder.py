@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import torch
-from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from torch import nn
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
-from qwen3next_plugin.layers import DecoderParts
+from qwen3next_plugin.layers import DecoderLayer, ParallelLayers
 
 from .attention import Qwen3NextGatedAttention
 from .gdn_layer import Qwen3NextGdnLayer
-from .moe import Qwen3NextMLP, Qwen3NextMoE
 
 
-class Qwen3NextDecoderLayer(DecoderParts):
-    """Called with positions, hidden states, residual and the ForwardBatch; `layer_id` counts from 0 in each model."""
-
-    def __init__(
-        self,
-        spec: Qwen3NextSpec,
-        layer_id: int,
-        quant_config: QuantizationConfig | None,
-        *,
-        kind: LayerKind,
-        dense: bool,
-        cos_sin: torch.Tensor,
-        prefix: str,
-    ) -> None:
-        mixer: nn.Module
-        if kind is LayerKind.LINEAR:
-            mixer = Qwen3NextGdnLayer(spec, layer_id, quant_config, prefix=f"{prefix}.linear_attn")
-        else:
-            mixer = Qwen3NextGatedAttention(spec, layer_id, quant_config, cos_sin, prefix=f"{prefix}.self_attn")
-        mlp: nn.Module
-        if dense:
-            width = spec.intermediate_size
-            mlp = Qwen3NextMLP(spec, width, quant_config, prefix=f"{prefix}.mlp", reduce_results=True)
-        else:
-            mlp = Qwen3NextMoE(spec, quant_config, prefix=f"{prefix}.mlp")
-        super().__init__(spec, kind, mixer, mlp)
+def decoder_layer(
+    spec: Qwen3NextSpec,
+    layers: ParallelLayers,
+    layer_id: int,
+    cos_sin: torch.Tensor,
+    prefix: str,
+    *,
+    kind: LayerKind,
+    dense: bool,
+) -> DecoderLayer:
+    """A layer called with positions, hidden states, residual and the ForwardBatch."""
+    mixer: Qwen3NextGdnLayer | Qwen3NextGatedAttention
+    if kind is LayerKind.LINEAR:
+        mixer = Qwen3NextGdnLayer(spec, layers, layer_id, f"{prefix}.linear_attn")
+    else:
+        mixer = Qwen3NextGatedAttention(spec, layers, layer_id, cos_sin, f"{prefix}.self_attn")
+    return DecoderLayer(spec, layers, kind, mixer, dense=dense, prefix=prefix)

@@ -1,21 +1,24 @@
-"""The sparse MoE block inside SGLang: our routing and experts, SGLang's parallel layers for the shared expert."""
+"""SGLang's layers for the parts of the model that are cut over ranks, and how it stores the experts."""
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+
 from sglang.srt.distributed import tensor_model_parallel_all_reduce
 from sglang.srt.layers.activation import SiluAndMul
-from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.utils import is_layer_skipped
-from torch import nn
 
-from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.expert_shard import ExpertShard
-from qwen3next_plugin.layers import MoeParts, RoutedExperts, fp8_expert_block
+from qwen3next_plugin.layers import ParallelLayers, fp8_expert_block
 
-from .names import get_parallel, tensor_parallel
+from .names import get_parallel
 
 
 def expert_block_size(quant_config: QuantizationConfig | None, prefix: str) -> int | None:
@@ -30,64 +33,19 @@ def expert_block_size(quant_config: QuantizationConfig | None, prefix: str) -> i
     return fp8_expert_block(quant_config.get_name(), block, prefix, "SGLang")
 
 
-class Qwen3NextMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), the plain MLP and the shared expert."""
-
-    def __init__(
-        self,
-        spec: Qwen3NextSpec,
-        intermediate_size: int,
-        quant_config: QuantizationConfig | None,
-        prefix: str,
-        reduce_results: bool,
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            spec.hidden_size,
-            [intermediate_size] * 2,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-        )
-        self.down_proj = RowParallelLinear(
-            intermediate_size,
-            spec.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            reduce_results=reduce_results,
-            prefix=f"{prefix}.down_proj",
-        )
-        self.act = SiluAndMul()
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output, _ = self.down_proj(self.act(gate_up))
-        return output
-
-
-class Qwen3NextMoE(MoeParts):
-    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate."""
-
-    def __init__(self, spec: Qwen3NextSpec, quant_config: QuantizationConfig | None, prefix: str) -> None:
-        rank, size = tensor_parallel()
-        shard = ExpertShard(spec, rank, size, expert_parallel=get_parallel().ep_size > 1)
-        super().__init__(
-            spec,
-            gate=ReplicatedLinear(
-                spec.hidden_size, spec.moe.num_experts, bias=False, quant_config=None, prefix=f"{prefix}.gate"
-            ),
-            experts=RoutedExperts(shard, expert_block_size(quant_config, f"{prefix}.experts")),
-            shared_expert=Qwen3NextMLP(
-                spec,
-                spec.moe.shared_intermediate_size,
-                quant_config,
-                prefix=f"{prefix}.shared_expert",
-                reduce_results=False,
-            ),
-        )
-        self.tp_size = size
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        output = self.partial_sum(hidden_states)
-        return tensor_model_parallel_all_reduce(output) if self.tp_size > 1 else output
+def parallel_layers(quant_config: QuantizationConfig | None) -> ParallelLayers:
+    """What the model is built from in this process."""
+    parallel = get_parallel()
+    return ParallelLayers(
+        rank=parallel.tp_rank,
+        size=parallel.tp_size,
+        expert_parallel=parallel.ep_size > 1,
+        quant_config=quant_config,
+        expert_block=partial(expert_block_size, quant_config),
+        merged_column=MergedColumnParallelLinear,
+        qkv=QKVParallelLinear,
+        row=RowParallelLinear,
+        replicated=ReplicatedLinear,
+        silu_and_mul=SiluAndMul,
+        all_reduce=tensor_model_parallel_all_reduce,
+    )

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
-from qwen3next_plugin.layers import DecoderParts
+from qwen3next_plugin.layers import DecoderLayer
 
 from .attention import Qwen3NextGatedAttention
 from .gdn_layer import Qwen3NextGdnLayer
-from .moe import Qwen3NextMLP, Qwen3NextMoE
+from .moe import parallel_layers
 
 
-class Qwen3NextDecoderLayer(DecoderParts):
-    """Called with positions, hidden states and residual."""
-
-    def __init__(
-        self,
-        spec: Qwen3NextSpec,
-        vllm_config: VllmConfig,
-        *,
-        kind: LayerKind,
-        dense: bool,
-        cos_sin: torch.Tensor,
-        prefix: str,
-    ) -> None:
-        mixer: nn.Module
-        if kind is LayerKind.LINEAR:
-            mixer = Qwen3NextGdnLayer(spec, vllm_config, prefix=f"{prefix}.linear_attn")
-        else:
-            mixer = Qwen3NextGatedAttention(spec, vllm_config, cos_sin, prefix=f"{prefix}.self_attn")
-        mlp: nn.Module
-        if dense:
-            width = spec.intermediate_size
-            mlp = Qwen3NextMLP(spec, width, vllm_config, prefix=f"{prefix}.mlp", reduce_results=True)
-        else:
-            mlp = Qwen3NextMoE(spec, vllm_config, prefix=f"{prefix}.mlp")
-        super().__init__(spec, kind, mixer, mlp)
+def decoder_layer(
+    spec: Qwen3NextSpec, vllm_config: VllmConfig, cos_sin: torch.Tensor, prefix: str, *, kind: LayerKind, dense: bool
+) -> DecoderLayer:
+    """A layer called with positions, hidden states and residual."""
+    layers = parallel_layers(vllm_config)
+    mixer: Qwen3NextGdnLayer | Qwen3NextGatedAttention
+    if kind is LayerKind.LINEAR:
+        mixer = Qwen3NextGdnLayer(spec, vllm_config, layers, f"{prefix}.linear_attn")
+    else:
+        mixer = Qwen3NextGatedAttention(spec, vllm_config, layers, cos_sin, f"{prefix}.self_attn")
+    return DecoderLayer(spec, layers, kind, mixer, dense=dense, prefix=prefix)

@@ -5,9 +5,7 @@ from typing import cast
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateDtypeCalculator,
@@ -20,7 +18,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.gdn.step import GdnParameters, gdn_step
-from qwen3next_plugin.layers import GdnParts
+from qwen3next_plugin.layers import GdnParts, ParallelLayers
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
 
@@ -52,34 +50,16 @@ def gdn_state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
 
 
 class Qwen3NextGdnLayer(GdnParts, MambaBase):
-    """Gated DeltaNet with the checkpoint's interleaved projections re-laid flat (q | k | v | z and b | a) at load."""
+    """Gated DeltaNet over vLLM's state blocks."""
 
-    def __init__(self, spec: Qwen3NextSpec, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__(spec, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size(), prefix=prefix)
-        gdn = spec.gdn
+    def __init__(self, spec: Qwen3NextSpec, vllm_config: VllmConfig, layers: ParallelLayers, prefix: str) -> None:
+        super().__init__(spec, layers, prefix)
+        self.spec = spec
         self.vllm_config = vllm_config
-        quant_config = vllm_config.quant_config
-        self.in_proj_qkvz = MergedColumnParallelLinear(
-            spec.hidden_size,
-            [gdn.key_dim, gdn.key_dim, gdn.value_dim, gdn.value_dim],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_qkvz",
-        )
-        self.in_proj_ba = MergedColumnParallelLinear(
-            spec.hidden_size,
-            [gdn.num_v_heads, gdn.num_v_heads],
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.in_proj_ba",
-        )
-        self.out_proj = RowParallelLinear(
-            gdn.value_dim, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.out_proj"
-        )
-        layers = get_current_vllm_config().compilation_config.static_forward_context
-        if prefix in layers:
+        registered = get_current_vllm_config().compilation_config.static_forward_context
+        if prefix in registered:
             raise ValueError(f"two layers are named {prefix!r}")
-        layers[prefix] = self
+        registered[prefix] = self
 
     # What vLLM's cache manager asks of a layer with recurrent state.
     @property
@@ -97,14 +77,11 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        qkvz, _ = self.in_proj_qkvz(hidden_states)
-        ba, _ = self.in_proj_ba(hidden_states)
+        qkvz, ba = self.project(hidden_states)
         # Zeros, not empty: padding tokens belong to no row, and what they hold is normalised and projected below.
         core = qkvz.new_zeros(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
         torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
-        _, z, _, _ = self.split(qkvz, ba)
-        output, _ = self.out_proj(self.gated_norm(core, z))
-        return output
+        return self.finish(core, qkvz)
 
     def run_core(self, qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> None:
         """Convolution and delta rule of this step's rows; qkvz and ba are this rank's flat projections."""
@@ -115,7 +92,7 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
         assert isinstance(metadata, Qwen3NextGdnMetadata)
         # The base class leaves one tensor a state here once the cache is allocated.
         conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
-        mixed_qkv, _, b, a = self.split(qkvz, ba)
+        mixed_qkv, a, b = self.core_inputs(qkvz, ba)
         gdn_step(
             mixed_qkv,
             a,

@@ -25,10 +25,10 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import ZeroCentredRMSNorm
+from qwen3next_plugin.layers import DecoderLayer, ZeroCentredRMSNorm
 
 from .activation import announce
-from .decoder import Qwen3NextDecoderLayer
+from .decoder import decoder_layer
 from .gdn_layer import gdn_state_dtype, gdn_state_shape
 from .loading import load_weights
 from .spec import cos_sin_table, spec_of
@@ -45,16 +45,10 @@ class Qwen3NextModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
         cos_sin = cos_sin_table(spec, vllm_config)
 
-        def layer(prefix: str) -> Qwen3NextDecoderLayer:
+        def layer(prefix: str) -> DecoderLayer:
             index = extract_layer_index(prefix)
-            return Qwen3NextDecoderLayer(
-                spec,
-                vllm_config,
-                kind=spec.layer_kinds[index],
-                dense=index in spec.dense_layers,
-                cos_sin=cos_sin,
-                prefix=prefix,
-            )
+            kind, dense = spec.layer_kinds[index], index in spec.dense_layers
+            return decoder_layer(spec, vllm_config, cos_sin, prefix, kind=kind, dense=dense)
 
         self.start_layer, self.end_layer, self.layers = make_layers(spec.num_layers, layer, prefix=f"{prefix}.layers")
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(

@@ -18,7 +18,7 @@ from vllm.sequence import IntermediateTensors
 from qwen3next_plugin.config import LayerKind
 from qwen3next_plugin.layers import ZeroCentredRMSNorm
 
-from .decoder import Qwen3NextDecoderLayer
+from .decoder import decoder_layer
 from .left_out import keep_accepted_tokens_of_left_out_requests
 from .loading import load_weights
 from .spec import cos_sin_table, spec_of
@@ -41,18 +41,9 @@ class Qwen3NextPredictor(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.fc",
         )
-        self.layers = nn.ModuleList(
-            [
-                Qwen3NextDecoderLayer(
-                    spec,
-                    vllm_config,
-                    kind=LayerKind.FULL,
-                    dense=False,
-                    cos_sin=cos_sin_table(spec, vllm_config),
-                    prefix=f"{prefix}.layers.0",
-                )
-            ]
-        )
+        cos_sin, name = cos_sin_table(spec, vllm_config), f"{prefix}.layers.0"
+        layer = decoder_layer(spec, vllm_config, cos_sin, name, kind=LayerKind.FULL, dense=False)
+        self.layers = nn.ModuleList([layer])
         self.pre_fc_norm_embedding = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.norm = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
