@@ -1,0 +1,36 @@
+"""`make test` runs each engine's tests in that engine's own environment."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def pytest_runs(*arguments: str) -> list[tuple[str, str]]:
+    """(environment, first path) of every pytest that make would start."""
+    own = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ENGINE", "VENV", "USE_ENV", "TESTS"}
+    env = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("USE_ENV_")}
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    commands = [line.split(" -m pytest ") for line in done.stdout.splitlines() if " -m pytest " in line]
+    return [(before.split()[-1].removesuffix("/bin/python"), after.split()[0]) for before, after in commands]
+
+
+def test_each_engine_has_its_environment() -> None:
+    assert pytest_runs("test") == [
+        *((".venv/vllm", tests) for tests in ("tests", "tests/e2e")),
+        *((".venv/sglang", tests) for tests in ("tests/cpu/sglang", "tests/e2e")),
+        *((".venv/sglang-next", tests) for tests in ("tests/cpu/sglang", "tests/e2e")),
+    ]
+
+
+def test_environments_of_the_users_are_taken_for_their_engine_only() -> None:
+    runs = pytest_runs("test", "USE_ENV=/v", "USE_ENV_SGLANG=/s", "USE_ENV_SGLANG_NEXT=/n")
+    assert [environment for environment, _ in runs] == ["/v", "/v", "/s", "/s", "/n", "/n"]
+    runs = pytest_runs("test", "USE_ENV_VLLM=/v")
+    assert [environment for environment, _ in runs] == ["/v"] * 2 + [".venv/sglang"] * 2 + [".venv/sglang-next"] * 2
+
+
+def test_one_engine_alone() -> None:
+    assert pytest_runs("e2e-tests", "ENGINE=sglang", "USE_ENV=/s") == [("/s", "tests/e2e")]
+    assert pytest_runs("engine-tests", "ENGINE=sglang-next")[0] == (".venv/sglang-next", "tests/cpu/sglang")
