@@ -15,10 +15,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 _ROUTER = ".mlp.gate"
 
@@ -42,17 +42,19 @@ class Recorder:
         path = self.directory / f"facts-{os.getpid()}.json"
         path.write_text(json.dumps(self._facts, indent=1, default=str), encoding="utf-8")
 
-    def watch_routers(self, model: nn.Module, top_k: int) -> None:
+    def watch_routers(self, model: "nn.Module", top_k: int) -> None:
         """Counts the distinct experts of every forward pass of the MoE layers of ``model``'s decoder.
 
         Looks at router logits [tokens, experts] as the modules named ``*.mlp.gate`` return them, alone or first in a
         tuple, so it works for any model of either engine. Waits for the GPU once a pass.
         """
+        import torch
+
         routers = [module for name, module in model.named_modules() if name.endswith(_ROUTER) and "mtp" not in name]
         counts: list[torch.Tensor] = []
         last = routers[-1] if routers else None
 
-        def look(module: nn.Module, _: Any, output: Any) -> None:
+        def look(module: "nn.Module", _: Any, output: Any) -> None:
             logits = output[0] if isinstance(output, tuple) else output
             chosen = logits.float().topk(top_k, dim=-1).indices.flatten()
             counts.append(torch.zeros(logits.shape[-1], device=logits.device).index_fill_(0, chosen, 1).sum())

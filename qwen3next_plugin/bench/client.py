@@ -50,7 +50,7 @@ class Client:
             "stream": True,
         }
         payload = json.dumps(body).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
+        reader, writer = await self._connect(1 << 20)
         answer = Answer(time.perf_counter())
         try:
             writer.write(_head("POST", "/v1/completions", len(payload)) + payload)
@@ -93,8 +93,14 @@ class Client:
         finally:
             writer.close()
 
+    async def _connect(self, limit: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
+        except OSError as error:
+            raise BenchError(f"The server on port {self.port} is gone ({error}); see its log.") from error
+
     async def _whole(self, method: str, path: str, payload: bytes) -> dict[str, Any]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 26)
+        reader, writer = await self._connect(1 << 26)
         try:
             writer.write(_head(method, path, len(payload)) + payload)
             await writer.drain()

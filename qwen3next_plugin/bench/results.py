@@ -57,8 +57,14 @@ def assemble(
         **about,
         "plan": plan,
         "sessions": [
-            {"machine": n, "engines": session["about"], "gpu": session["about"][engine]["gpu"]}
-            for n, session in enumerate(sessions)
+            {
+                "gpu": session["about"][engine]["gpu"],
+                "engines": {
+                    name: {key: value for key, value in told.items() if key != "machine"}
+                    for name, told in session["about"].items()
+                },
+            }
+            for session in sessions
         ],
         "sides": _sides(sessions),
         "relative_logit_error": _logit_errors(sessions),

@@ -1,5 +1,6 @@
 """A run as the command line sees it: progress on the terminal, result files that grow row by row."""
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def measure_and_write(
     """Measures what is left and writes a result file an engine, after every repeat. Returns the files."""
     state = State(run.state, plan)
     engines = list(dict.fromkeys(visit.side.engine for visit in visits))
-    command = " ".join(["qwen3next", *(shlex.quote(word) for word in sys.argv[1:])])
+    command = " ".join(["qwen3next", *(shlex.quote(_without_folders(word)) for word in sys.argv[1:])])
     about = {"command": command, "commit": run.commit, "plugin_version": plugin_version(), "model": _model(model)}
     files: dict[str, Path] = {}
 
@@ -56,6 +57,8 @@ def measure_and_write(
                 write_result(files[engine], result)
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=120)
     total = sum(len(visit.rows) for visit in visits)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[left]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
@@ -85,6 +88,11 @@ def measure_and_write(
     for file in files.values():
         show(file, console)
     return list(files.values())
+
+
+def _without_folders(word: str) -> str:
+    """A word of the command line with absolute paths cut down to their last part."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)*([\w.+-]+)", r"\1", word)
 
 
 def show(file: Path, console: Console) -> None:

@@ -1,0 +1,239 @@
+"""Whole runs of `qwen3next bench` against a stand-in for the engine: order, resuming, results, checks."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from qwen3next_plugin.bench import ceilings
+from qwen3next_plugin.bench.check import check_file, check_result, result_files
+from qwen3next_plugin.bench.client import BenchError
+from qwen3next_plugin.bench.tables import rewrite
+from qwen3next_plugin.cli import app
+from qwen3next_plugin.errors import PluginError, SettingsError
+
+ROWS = "decode-b1,decode-b3,prefill-256,cold-start,warm-start"
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter whose engines are stand-ins."""
+    wrapper = tmp_path_factory.mktemp("bin") / "python"
+    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_engine.py")} "$@"\n')
+    wrapper.chmod(0o755)
+    return str(wrapper)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    done = CliRunner().invoke(app, ["bench", "model", str(directory), "--shape", "tiny", "--quantization", "none"])
+    assert done.exit_code == 0, done.output
+    assert not list(directory.glob("*.safetensors"))
+    return directory
+
+
+def _bench(directory: Path, model: Path, python: str, *more: str) -> Any:
+    given = ["--model", str(model), "--vllm-python", python, "--out", str(directory / "results"), "--rows", ROWS]
+    given += ["--work", str(directory / "work"), "--steps", "24", "--commit", "0" * 40, "--name", "try", *more]
+    return CliRunner().invoke(app, ["bench", *given])
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, model: Path, python: str) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("run")
+    done = _bench(directory, model, python)
+    assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+    (file,) = result_files([directory / "results"])
+    assert check_file(file) == []
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_ceilings_are_measured() -> None:
+    found = ceilings.measure_ceilings()
+    assert found["versions"]["torch"]
+    assert found["ceilings"]["copy_gb_s"] > 0.1
+    assert found["ceilings"]["bf16_tflop_s"] > 0
+
+
+def test_sides_take_turns_and_are_timed_alike(result: dict[str, Any]) -> None:
+    rows = {row["case"]: row for row in result["rows"]}
+    assert set(rows) == set(ROWS.split(","))
+    assert 3.5 < rows["decode-b3"]["stock"] < 30
+    assert 1.5 < rows["decode-b3"]["plugin"] < rows["decode-b3"]["stock"]
+    assert len(rows["decode-b1"]["repeats"]["stock-vllm"]) == 6, "two visits of three repeats"
+    assert len(rows["decode-b1"]["repeats"]["plugin-vllm"]) == 3
+    assert rows["decode-b1"]["stock"] == rows["decode-b1"]["stock_vllm"]
+    assert rows["decode-b1"]["stock_sglang"] is None
+    assert len(rows["warm-start"]["repeats"]["plugin-vllm"]) == 1
+    visits = [v for side in result["sides"].values() for entry in side["timed"] for v in entry["visits"]]
+    assert sorted(visits) == ["0:vllm-1-stock", "0:vllm-2-plugin", "0:vllm-3-stock", "0:vllm-4-plugin"]
+    assert set(result["relative_logit_error"]) == {"plugin-vllm", "stock-vllm"}
+
+
+def _change(result: dict[str, Any], change: str) -> dict[str, Any]:
+    """The result with one thing wrong."""
+    wrong = copy.deepcopy(result)
+    plugin = wrong["sides"]["plugin-vllm"]["timed"][0]
+    row = next(row for row in wrong["rows"] if row["case"] == "decode-b3")
+    match change:
+        case "a flag":
+            plugin["arguments"].append("--enable-prefix-caching")
+        case "a flag's value":
+            plugin["arguments"][plugin["arguments"].index("--max-num-seqs") + 1] = "999"
+        case "a variable":
+            plugin["environment"]["VLLM_USE_SOMETHING"] = "1"
+        case "state dtype":
+            plugin["facts"]["ssm_state_dtype"] = "torch.float16"
+        case "stock was the plugin":
+            wrong["sides"]["stock-vllm"]["timed"][0]["facts"]["model_class"] = "qwen3next_plugin.model"
+        case "experts":
+            row["distinct_experts"]["plugin-vllm"] *= 0.97
+        case "experts unknown":
+            row["distinct_experts"] = {}
+        case "repeats":
+            row["repeats"]["plugin-vllm"] = row["repeats"]["plugin-vllm"][:2]
+        case "slower stock":
+            row["stock_sglang"] = row["stock"] / 2
+        case "below the floor":
+            row["floor"] = row["plugin"] * 2
+        case "a field":
+            del row["spread"]
+        case "no commit":
+            wrong["commit"] = None
+        case "uncommitted":
+            wrong["commit"] += "+changes"
+        case "ceilings":
+            wrong["sessions"][0]["engines"]["vllm"]["ceilings"]["copy_gb_s"] = None
+        case "logits":
+            wrong["relative_logit_error"] = {}
+        case "one side":
+            del wrong["sides"]["stock-vllm"]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("a flag", "arguments differ: --enable-prefix-caching"),
+        ("a flag's value", "arguments differ: 999"),
+        ("a variable", "environment differs: VLLM_USE_SOMETHING"),
+        ("state dtype", "facts differ: ssm_state_dtype"),
+        ("stock was the plugin", "the stock side ran the plugin's model"),
+        ("experts", "more than 2 % apart"),
+        ("experts unknown", "not counted on both sides"),
+        ("repeats", "2 repeats of plugin-vllm"),
+        ("slower stock", "stock is not the faster"),
+        ("below the floor", "faster than the floor"),
+        ("a field", "spread missing"),
+        ("no commit", "commit is empty"),
+        ("uncommitted", "commit: the checkout had changes"),
+        ("ceilings", "ceilings"),
+        ("logits", "was not compared with the oracle"),
+        ("one side", "stock-vllm was not measured"),
+    ],
+)
+def test_a_result_that_could_flatter_is_refused(result: dict[str, Any], change: str, says: str) -> None:
+    findings = check_result(_change(result, change))
+    assert any(says in finding for finding in findings), findings
+
+
+def test_the_command_refuses_with_a_sentence_and_a_code(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "wrong.json"
+    file.write_text(json.dumps(_change(result, "a flag")))
+    done = CliRunner().invoke(app, ["bench", "check", str(file)])
+    assert done.exit_code == 1
+    assert "arguments differ" in done.output
+
+
+def test_tables_are_made_from_files(result: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- bench: r.json -->\nSTALE\n<!-- /bench -->\nafter\n")
+    run = CliRunner().invoke
+    assert run(app, ["bench", "tables", "--check", str(document)]).exit_code == 1
+    assert run(app, ["bench", "tables", str(document)]).exit_code == 0
+    assert run(app, ["bench", "tables", "--check", str(document)]).exit_code == 0
+    text = document.read_text()
+    plugin = next(row["plugin"] for row in result["rows"] if row["case"] == "decode-b3")
+    assert f"{plugin:.3g} ms" in text
+    assert "STALE" not in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    with pytest.raises(SettingsError, match="gone.json"):
+        rewrite("<!-- bench: gone.json -->\n<!-- /bench -->", tmp_path)
+
+
+def test_a_run_that_ended_is_taken_up_again(
+    tmp_path: Path, model: Path, python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--rows", "decode-b2,prefill-128", "--no-evidence", "--order", "A-B")
+    monkeypatch.setenv("FAKE_DIE", "plugin")
+    done = _bench(tmp_path, model, python, *few)
+    assert isinstance(done.exception, BenchError)
+    state = json.loads((tmp_path / "results" / "try.state.json").read_text())
+    before = state["sessions"][0]["visits"]
+    assert len(before["vllm-1-stock"]["rows"]["prefill-128"]) == 3
+    assert not any(before.get("vllm-2-plugin", {"rows": {}})["rows"].values()), "the plugin's engine died"
+
+    monkeypatch.delenv("FAKE_DIE")
+    done = _bench(tmp_path, model, python, *few)
+    assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+    after = json.loads((tmp_path / "results" / "try.state.json").read_text())["sessions"][0]["visits"]
+    assert len(after["vllm-2-plugin"]["rows"]["prefill-128"]) == 3
+    assert after["vllm-1-stock"] == before["vllm-1-stock"], "what was measured is not measured again"
+
+    done = _bench(tmp_path, model, python, *few[:-1], "A-B-A")
+    assert isinstance(done.exception, PluginError)
+    assert "another order" in str(done.exception)
+
+
+def test_another_machine_measures_both_sides_anew(tmp_path: Path, model: Path, python: str) -> None:
+    few = ("--rows", "decode-b2", "--no-evidence", "--order", "A-B")
+    _bench(tmp_path, model, python, *few)
+    file = tmp_path / "results" / "try.state.json"
+    state = json.loads(file.read_text())
+    elsewhere = state["sessions"][0]
+    elsewhere["machine"] = "another"
+    del elsewhere["visits"]["vllm-2-plugin"]  # it was taken away before the plugin's turn
+    elsewhere["visits"]["vllm-1-stock"]["rows"]["decode-b2"] = [{"value": 1e-3, "steps": 20, "client": None}] * 3
+    file.write_text(json.dumps(state))
+    _bench(tmp_path, model, python, *few)
+    state = json.loads(file.read_text())
+    assert [session["machine"] for session in state["sessions"]] == ["another", ceilings.machine_id()]
+    assert list(state["sessions"][1]["visits"]) == ["vllm-1-stock", "vllm-2-plugin"]
+    (result,) = result_files([tmp_path / "results"])
+    row = json.loads(result.read_text())["rows"][0]
+    assert row["session"] == 1
+    assert row["stock"] > 1, "sides of two machines are never compared"
+
+
+def test_time_that_is_up_begins_nothing(tmp_path: Path, model: Path, python: str) -> None:
+    done = _bench(tmp_path, model, python, "--no-evidence", "--minutes", "0")
+    assert done.exit_code == 0
+    assert "same command again" in done.output
+    assert json.loads((tmp_path / "results" / "try.state.json").read_text())["sessions"][0]["visits"] == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--rows", "decode-256"], "--rows: 'decode-256'"),
+        (["--rows", "traffic-0"], "--rows: 'traffic-0'"),
+        (["--engine", "trt"], "--engine: 'trt'"),
+        (["--order", "A-C"], "--order: 'A-C'"),
+        (["--against", "peers"], "--against: 'peers'"),
+        (["--model", "/nowhere"], "--model"),
+    ],
+)
+def test_what_makes_no_sense_is_said_at_once(
+    tmp_path: Path, model: Path, python: str, given: list[str], says: str
+) -> None:
+    done = _bench(tmp_path, model, python, *given)
+    assert isinstance(done.exception, PluginError)
+    assert says in str(done.exception)
