@@ -57,13 +57,16 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         super().__init__(model_runner)
         pool = self.req_to_token_pool.mamba_pool
         _refuse_unservable(self.topk, pool)
-        self.conv_states_shape = pool.mamba_cache.conv[0].shape
         scratch = getattr(pool.mamba_cache, "intermediate_ssm", None)
-        self.draft_places = None if scratch is None else DraftPlaces(*scratch.shape[1:3], torch.device(self.device))
+        self.draft_places: DraftPlaces | None = None
+        if scratch is not None:
+            self.draft_places = DraftPlaces(scratch.shape[1], scratch.shape[2], scratch.device)
         # Filled within a captured graph, which alone sees a replay's mask of rows to keep.
         self.snapshot_slots: torch.Tensor | None = None
         # SGLang has just logged kernels of its own, some of which it chooses by the GPU: say that they do not run.
-        logger.info("Gated DeltaNet layers run the kernels of qwen3next-plugin; --linear-attn-*-backend does not apply.")
+        logger.info(
+            "Gated DeltaNet layers run the kernels of qwen3next-plugin; --linear-attn-*-backend does not apply."
+        )
 
     # One step's rows.
 
@@ -93,7 +96,8 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         """Recorded into the graph before the layers: which rows keep a snapshot in this replay, and where."""
         super().init_forward_metadata_in_graph(forward_batch)
         mask = getattr(forward_batch, "mamba_track_mask", None)
-        if mask is not None and self.snapshot_slots is not None:
+        decodes = forward_batch.forward_mode.is_decode_or_idle()
+        if decodes and mask is not None and self.snapshot_slots is not None:
             rows = forward_batch.batch_size
             slots = masked_slots(self.mamba_track_indices_buf[:rows], mask[:rows])
             self.snapshot_slots[:rows].copy_(slots)
@@ -132,7 +136,7 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         return Qwen3NextGdnMetadata(slots, drafts=drafts)
 
     def _take_graph_buffers(self, batch: Any, mode: Any) -> None:
-        held = self.forward_metadata
+        held: Any = self.forward_metadata  # the base class's own kind of it
         slots, query_start_loc = held.mamba_cache_indices, held.query_start_loc
         if mode.is_target_verify():
             self.forward_metadata = self._token_rows(batch, mode, slots, query_start_loc)
@@ -173,6 +177,11 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         shape = (1, mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
         out = mixed_qkv.new_zeros(shape) if out is None else out.zero_()
         rows = self.forward_metadata
+        if rows.prefill is not None and mixed_qkv.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RegistrationError(
+                "--cuda-graph-backend-prefill captures whole prefills, whose rows would be replayed as they were "
+                "captured; set it to 'breakable'."
+            )
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         drafts = None
         if rows.drafts is not None:

@@ -7,7 +7,6 @@ that nothing was written to is NaN.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,24 +16,31 @@ import torch
 from sglang.srt import runtime_context
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
-from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin import demo
-from qwen3next_plugin.kernels.conv.reference import causal_conv
-from qwen3next_plugin.kernels.gdn.reference import delta_rule_recurrent, gdn_gates, l2_normalize
 from qwen3next_plugin.sglang_integration.gdn_backend import Qwen3NextGdnBackend
+from tests.cpu.sglang.gdn_sequences import (
+    FULL_LAYER,
+    K_HEADS,
+    KEY_DIM,
+    LINEAR_LAYERS,
+    V_HEADS,
+    VALUE_DIM,
+    WIDTH,
+    History,
+    Inputs,
+    cut,
+    formula,
+    join,
+    make_inputs,
+    make_layer,
+)
 from tests.helpers import relative_error
 
-K_HEADS, V_HEADS, KEY_DIM, VALUE_DIM, WIDTH = 1, 2, 8, 4, 4
-CONV_DIM = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
-LINEAR_LAYERS, FULL_LAYER = (0, 2), 1
 NUM_SLOTS, NUM_REQUESTS = 14, 4
-
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""mixed_qkv [T, CONV_DIM], a and b [T, V_HEADS]: bfloat16 values, so that a window in bfloat16 is exact."""
 
 
 @lru_cache(maxsize=1)
@@ -44,50 +50,6 @@ def publish() -> None:
     arguments: dict[str, Any] = {"mamba_radix_cache_strategy": "extra_buffer", "speculative_algorithm": "NEXTN"}
     server_args = ServerArgs(model_path=str(checkpoint), device="cpu", attention_backend="torch_native", **arguments)
     runtime_context.publish(server_args, role="scheduler")
-
-
-def make_inputs(tokens: int) -> Inputs:
-    """Random inputs, cut from wider projections as our layer cuts them."""
-    qkv = torch.randn(tokens, CONV_DIM + 5).bfloat16().float()[:, :CONV_DIM]
-    gates = torch.randn(tokens, 2 * V_HEADS)
-    return qkv, gates[:, V_HEADS:], gates[:, :V_HEADS]
-
-
-@dataclass
-class History:
-    """The inputs a request has seen so far, a layer."""
-
-    inputs: dict[int, Inputs] = field(default_factory=lambda: {layer: make_inputs(0) for layer in LINEAR_LAYERS})
-
-    def __len__(self) -> int:
-        return len(self.inputs[LINEAR_LAYERS[0]][0])
-
-    def extend(self, more: Mapping[int, Inputs]) -> None:
-        for layer, parts in more.items():
-            self.inputs[layer] = _join(self.inputs[layer], parts)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Float64: out [T, V_HEADS, VALUE_DIM], window [CONV_DIM, WIDTH - 1] and state [V_HEADS, VALUE_DIM, KEY_DIM]."""
-
-    out: torch.Tensor
-    window: torch.Tensor
-    state: torch.Tensor
-
-
-def formula(layer: RadixLinearAttention, inputs: Inputs) -> Expected:
-    """A whole sequence from nothing, token by token."""
-    qkv, a, b = (part.double() for part in inputs)
-    convolved, window = causal_conv(qkv[None], layer.conv_weights.double())
-    q, k, v = convolved.split([K_HEADS * KEY_DIM, K_HEADS * KEY_DIM, V_HEADS * VALUE_DIM], dim=-1)
-    q, k = (
-        l2_normalize(part.unflatten(-1, (K_HEADS, KEY_DIM))).repeat_interleave(V_HEADS // K_HEADS, dim=-2)
-        for part in (q, k)
-    )
-    g, beta = gdn_gates(a[None], b[None], layer.A_log.double(), layer.dt_bias.double())
-    out, state = delta_rule_recurrent(q, k, v.unflatten(-1, (V_HEADS, VALUE_DIM)), g, beta)
-    return Expected(out[0], window[0].T, state[0])
 
 
 class Harness:
@@ -131,7 +93,7 @@ class Harness:
         self.slot_of = {row: 2 * row for row in range(1, NUM_REQUESTS + 1)}
         for row, slot in self.slot_of.items():
             self.pool.req_index_to_mamba_index_mapping[row] = slot
-        self.layers = {layer: _make_layer(layer) for layer in LINEAR_LAYERS}
+        self.layers = {layer: make_layer(layer) for layer in LINEAR_LAYERS}
         self.runner = SimpleNamespace(
             server_args=SimpleNamespace(enable_mis=False),
             device="cpu",
@@ -284,13 +246,13 @@ class Harness:
                 assert all(not bool(out[here].any()) for out in outputs.values()), "padding has outputs"
                 continue
             sequence = self.sequences[row]
-            parts = {layer: _cut(inputs[layer], here) for layer in inputs}
+            parts = {layer: cut(inputs[layer], here) for layer in inputs}
             for layer, own in parts.items():
-                whole = _join(sequence.inputs[layer], own)
+                whole = join(sequence.inputs[layer], own)
                 expected = formula(self.layers[layer], whole).out[len(sequence) :]
                 self._near(outputs[layer][here], expected, f"outputs of row {row}, layer {layer}")
             taken = length if accepted is None else accepted[n]
-            sequence.extend({layer: _cut(own, slice(0, taken)) for layer, own in parts.items()})
+            sequence.extend({layer: cut(own, slice(0, taken)) for layer, own in parts.items()})
         self.check_pool()
 
     def check_pool(self) -> None:
@@ -304,7 +266,7 @@ class Harness:
                     assert bool(window.isnan().all()) and bool(state.isnan().all()), f"slot {slot} was written"
                     continue
                 row, length = held[slot]
-                sequence = _cut(self.sequences[row].inputs[layer], slice(0, length))
+                sequence = cut(self.sequences[row].inputs[layer], slice(0, length))
                 expected = formula(self.layers[layer], sequence)
                 assert torch.equal(window.double(), expected.window), f"window of row {row} in slot {slot}"
                 self._near(state, expected.state, f"state of row {row} after {length} tokens in slot {slot}")
@@ -337,37 +299,11 @@ class _FullAttention:
         pass
 
 
-def _make_layer(layer: int) -> RadixLinearAttention:
-    return RadixLinearAttention(
-        layer_id=layer,
-        num_q_heads=K_HEADS,
-        num_k_heads=K_HEADS,
-        num_v_heads=V_HEADS,
-        head_q_dim=KEY_DIM,
-        head_k_dim=KEY_DIM,
-        head_v_dim=VALUE_DIM,
-        conv_weights=torch.randn(CONV_DIM, WIDTH),
-        activation="silu",
-        A_log=torch.randn(V_HEADS) * 0.5,
-        dt_bias=torch.randn(V_HEADS),
-    )
-
-
 def tracking(slots: Sequence[int], mask: Sequence[bool]) -> dict[str, torch.Tensor]:
     return {
         "mamba_track_indices": torch.tensor(slots, dtype=torch.int64),
         "mamba_track_mask": torch.tensor(mask, dtype=torch.bool),
     }
-
-
-def _cut(inputs: Inputs, part: slice) -> Inputs:
-    qkv, a, b = inputs
-    return qkv[part], a[part], b[part]
-
-
-def _join(before: Inputs, after: Inputs) -> Inputs:
-    qkv, a, b = (torch.cat(pair) for pair in zip(before, after, strict=True))
-    return qkv, a, b
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.sglang_integration import gdn_backend
-from tests.cpu.sglang.gdn_pool import NUM_REQUESTS, Harness, Inputs, publish, tracking
+from tests.cpu.sglang.gdn_pool import NUM_REQUESTS, Harness, publish, tracking
+from tests.cpu.sglang.gdn_sequences import Inputs
 
 
 @pytest.fixture(autouse=True)
