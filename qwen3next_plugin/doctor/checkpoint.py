@@ -60,14 +60,14 @@ def mtp(announced: int | None, present: bool) -> Iterator[Finding]:
 
 
 def full_attention_interval(s: Surroundings) -> Iterator[Finding]:
-    """SGLang reads the layers' kinds from ``full_attention_interval`` only; transformers 5 writes ``layer_types``."""
+    """Stock SGLang reads layers from ``full_attention_interval`` only; transformers 5 writes ``layer_types``."""
     config = read_config(s)
     if not config.get("layer_types") or config.get("full_attention_interval"):
         return
     interval = _interval(config["layer_types"])
-    found = "config.json has layer_types and no full_attention_interval, without which SGLang cannot read it"
+    found = "config.json has layer_types and no full_attention_interval, without which stock SGLang cannot read it"
     if interval is None:
-        remedy = "serve with vLLM: these layers do not repeat, and SGLang has no way to say so"
+        remedy = "keep the plugin active: these layers do not repeat, and SGLang has no field to say so"
     else:
         remedy = f'add "full_attention_interval": {interval}, to config.json'
     yield _for_sglang(s, found, remedy)
@@ -83,18 +83,19 @@ def _interval(kinds: list[str]) -> int | None:
 
 
 def rope_theta(s: Surroundings) -> Iterator[Finding]:
-    """SGLang takes the rotary base from the top level only, and 10000 where it is not there."""
+    """Stock SGLang takes the rotary base from the top level only, and 10000 where it is not there."""
     config = read_config(s)
     inner = config.get("rope_parameters")
     theta = inner.get("rope_theta") if isinstance(inner, dict) else None
     if theta is not None and config.get("rope_theta") is None:
-        found = f"config.json has rope_theta {theta} in rope_parameters only, and SGLang silently takes 10000"
+        found = f"config.json has rope_theta {theta} in rope_parameters only, and stock SGLang silently takes 10000"
         yield _for_sglang(s, found, f'add "rope_theta": {json.dumps(theta)}, to config.json\'s top level')
 
 
 def _for_sglang(s: Surroundings, found: str, remedy: str) -> Finding:
-    """An error where SGLang is installed; else something to know."""
-    return (error if "sglang" in s.packages else warning)("config.json", found, remedy)
+    """An error where SGLang would be served without the plugin, which mends it; else something to know."""
+    stock = "sglang" in s.packages and s.environ.get("QWEN3NEXT_PLUGIN") == "0"
+    return (error if stock else warning)("config.json", found, remedy)
 
 
 def fits(s: Surroundings) -> Iterator[Finding]:

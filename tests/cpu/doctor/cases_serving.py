@@ -41,6 +41,11 @@ def _wrong_checkpoint(place: Place) -> None:
     place.check_says("config.json: head_dim is 33: give an even number.", code=1)
 
 
+def _stock_sglang(place: Place) -> None:
+    with_sglang(place)
+    place.environ["QWEN3NEXT_PLUGIN"] = "0"
+
+
 CASES = {
     # settings
     "kill switch": Case(
@@ -214,15 +219,22 @@ CASES = {
         "no full_attention_interval",
         'add "full_attention_interval": 4,',
     ),
-    "no interval where SGLang is": Case(
-        both(with_sglang, lambda p: p.config(layer_types=KINDS)),
+    "no interval where SGLang is stock": Case(
+        both(_stock_sglang, lambda p: p.config(layer_types=KINDS)),
         "error",
         "config.json",
-        "no full_attention_interval",
+        "without which stock SGLang cannot read it",
         "4,",
     ),
+    "theta in the inner dict where SGLang is stock": Case(
+        both(_stock_sglang, lambda p: p.config(**NEW_ROPE)), "error", "config.json", "takes 10000", '"rope_theta"'
+    ),
     "layers that do not repeat": Case(
-        lambda p: p.config(layer_types=[*KINDS, "full_attention"]), "warning", "config.json", "no full", "with vLLM"
+        lambda p: p.config(layer_types=[*KINDS, "full_attention"]),
+        "warning",
+        "config.json",
+        "no full",
+        "keep the plugin active",
     ),
     "theta in the inner dict only": Case(
         lambda p: p.config(**NEW_ROPE), "warning", "config.json", "silently takes 10000", '"rope_theta": 10000000.0'
