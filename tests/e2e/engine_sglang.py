@@ -158,7 +158,7 @@ class SglangEngine(Engine):
 
     def inside(self, setup: Setup, tight: bool = False) -> dict[str, Any]:
         flags = self.flags(setup) + ["--max-total-tokens", "500"] * tight
-        return {"flags": flags, "block_size": 1 if setup.cache == "no_buffer" else STATE_EVERY}
+        return {"flags": flags, "block_size": 1}  # a chunk of a prompt may end anywhere, and a state stands there
 
     def override(self, changes: dict[str, Any]) -> list[str]:
         return ["--json-model-override-args", json.dumps(changes)]

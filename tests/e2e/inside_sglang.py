@@ -124,7 +124,7 @@ def main(job_path: str, result_path: str) -> None:
     with tempfile.TemporaryDirectory(prefix="qwen3next-inside-") as folder:
         _entry_point(Path(folder))
         os.environ[JOB] = job_path
-        os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.getcwd(), os.environ.get("PYTHONPATH", "")])
+        sys.path.insert(0, folder)  # the scheduler's process starts with this one's
 
         from sglang.srt.entrypoints.engine import Engine
         from sglang.srt.server_args import prepare_server_args
