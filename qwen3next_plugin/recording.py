@@ -8,6 +8,8 @@
 - ``experts-PID.txt``, only with ``QWEN3NEXT_RECORD_EXPERTS=1`` (which wants an engine without graphs or compilation), a
   line a forward pass: ``tokens distinct ...``, the number of distinct experts that the pass touched in each layer;
 - ``facts-PID.json``: what the engine made of its flags.
+
+A file ``profile-request.json`` put there (requests, steps, trace) makes the process that steps profile its GPU work.
 """
 
 import json
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ROUTER = ".mlp.gate"
+PROFILE_REQUEST = "profile-request.json"
 
 
 class Recorder:
@@ -31,16 +34,28 @@ class Recorder:
         self.directory = directory
         self._files: dict[str, TextIO] = {}
         self._facts: dict[str, Any] = {}
+        self._request = directory / PROFILE_REQUEST
+        self._profiling: _Profiling | None = None
 
     def step(self, requests: int, tokens: int, most: int) -> None:
         """One step's tokens have arrived."""
         print(time.perf_counter_ns(), requests, tokens, most, file=self._file("steps"))
+        if self._profiling is not None or os.path.exists(self._request):
+            self._profile(requests, tokens)
 
     def facts(self, **facts: Any) -> None:
         """Adds to what is known of the engine; values that JSON has no word for are written as text."""
         self._facts |= facts
         path = self.directory / f"facts-{os.getpid()}.json"
         path.write_text(json.dumps(self._facts, indent=1, default=str), encoding="utf-8")
+
+    def _profile(self, requests: int, tokens: int) -> None:
+        """Follows the request that lies in the directory, from step to step; the trace is written where it says."""
+        if self._profiling is None:
+            self._profiling = _Profiling(**json.loads(self._request.read_text(encoding="utf-8")))
+            self._request.unlink()
+        if self._profiling.step(requests, tokens):
+            self._profiling = None
 
     def watch_routers(self, model: "nn.Module", top_k: int) -> None:
         """Counts the distinct experts of every forward pass of the MoE layers of ``model``'s decoder.
@@ -73,6 +88,40 @@ class Recorder:
             file = open(self.directory / f"{kind}-{os.getpid()}.txt", "a", buffering=1, encoding="ascii")  # noqa: SIM115
             self._files[kind] = file
         return file
+
+
+class _Profiling:
+    """The GPU work of ``steps`` steps of ``requests`` requests that decode, or, with 0 requests, of the next prompt."""
+
+    def __init__(self, requests: int, steps: int, trace: str) -> None:
+        self.requests, self.steps, self.trace = requests, steps, Path(trace)
+        self.profiler: Any = None
+        self.seen = 0
+
+    def step(self, requests: int, tokens: int) -> bool:
+        """Whether that was all. Called when a step has ended, so profiling begins and ends between steps."""
+        if self.requests and not requests == tokens == self.requests:
+            return self._stop() if self.profiler is not None else False
+        if self.profiler is None:
+            self._start()
+            return False
+        self.seen += 1
+        return self._stop() if self.seen >= self.steps else False
+
+    def _start(self) -> None:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        cuda = torch.cuda.is_available()
+        self.profiler = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
+        self.profiler.start()
+
+    def _stop(self) -> bool:
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.trace))
+        done = self.trace.with_suffix(".done")
+        done.write_text(str(self.seen), encoding="ascii")
+        return True
 
 
 _recorders: dict[Path, Recorder] = {}

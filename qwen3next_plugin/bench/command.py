@@ -36,6 +36,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Where result files go.")] = Path("benchmarks/results"),
     state: Annotated[Path | None, typer.Option(help="What was measured so far; taken up again if it is there.")] = None,
     work: Annotated[Path, typer.Option(help="Logs, records and caches of the engines.")] = Path("build/bench"),
+    profile: Annotated[str, typer.Option(help="Rows to profile at the end, e.g. decode-b64,prefill-8192.")] = "",
     evidence: Annotated[bool, typer.Option(help="Compare logits with the oracle's, and count experts.")] = True,
     vllm_python: Annotated[str, typer.Option(help="The Python that has vLLM.")] = sys.executable,
     vllm_env: Annotated[Path | None, typer.Option(help=_ENVIRONMENT)] = None,
@@ -54,7 +55,7 @@ def bench(
     if against != "stock":
         raise SettingsError(f"--against: {against!r} is not known: use stock.")
     from .engines import EngineSetup, engines_of
-    from .rows import parse_rows, plan_visits
+    from .rows import parse_profiles, parse_rows, plan_visits
     from .session import RunFiles, measure_and_write
 
     extra = dict(pair.split("=", 1) for pair in shlex.split(variables))
@@ -63,7 +64,7 @@ def bench(
         "sglang": EngineSetup(sglang_python, sglang_env, tuple(shlex.split(sglang_args)), extra),
     }
     engines = engines_of(engine)
-    visits = plan_visits(engines, order, parse_rows(rows), evidence)
+    visits = plan_visits(engines, order, parse_rows(rows), evidence, parse_profiles(profile))
     plan: dict[str, Any] = {
         "engines": list(engines),
         "order": order,

@@ -6,10 +6,13 @@ where the user is: from sending the request to its first token.
 """
 
 import asyncio
+import json
 import random
 import time
 from statistics import median
 from typing import Any
+
+from qwen3next_plugin.recording import PROFILE_REQUEST
 
 from .client import Answer, BenchError
 from .prompts import prompt_of
@@ -18,6 +21,8 @@ from .server import Server
 from .steps import decode_times, expert_counts, read_steps
 
 LEAST_STEPS = 16
+PROFILE_STEPS = 16
+PROFILER_SECONDS = 3.0
 TRAFFIC_TOKENS = 128
 TRAFFIC_SECONDS = 30.0
 # Tokens that a request decodes while others' prompts are still computed: they do not count, but have to be asked for.
@@ -36,6 +41,8 @@ def measure(server: Server, row: Row, repeat: int, steps: int, vocab_size: int) 
         return {"value": asyncio.run(server.client.stream(prompt, 1)).first_token}
     if row.kind == "traffic":
         return _traffic(server, row, repeat, vocab_size)
+    if row.kind == "profile":
+        return _profile(server, row.profiled, steps, vocab_size)
     return {"value": server.start_seconds}
 
 
@@ -56,6 +63,29 @@ def _decode(server: Server, row: Row, repeat: int, steps: int, vocab_size: int) 
             "server holds fewer requests at once (see its log), or --steps is too small."
         )
     return {"value": median(times), "steps": len(times), "client": _client_gap(answers)}
+
+
+def _profile(server: Server, row: Row, steps: int, vocab_size: int) -> dict[str, Any]:
+    """``{"trace": file, "steps": ...}`` of `PROFILE_STEPS` decoding steps, or of one prompt."""
+    trace = server.record / f"trace-{row.name}.json"
+    decode = row.kind == "decode"
+    request = {"requests": int(row.size) if decode else 0, "steps": PROFILE_STEPS if decode else 1, "trace": str(trace)}
+    part = server.record / "request.part"
+    part.write_text(json.dumps(request), encoding="utf-8")
+    part.replace(server.record / PROFILE_REQUEST)
+    if decode:
+        _decode(server, row, -2, steps, vocab_size)
+    else:
+        # The profiler starts when a step ends: a small request first, then the prompt.
+        asyncio.run(server.client.stream([1, 2, 3, 4], 1))
+        time.sleep(PROFILER_SECONDS)
+        asyncio.run(server.client.stream(prompt_of(int(row.size), f"{row.name} -2", vocab_size), 1))
+    done, until = trace.with_suffix(".done"), time.monotonic() + 120
+    while not done.exists():
+        if time.monotonic() > until:
+            raise BenchError(f"{row.name}: no profile was written; see the server's log.")
+        time.sleep(0.1)
+    return {"trace": str(trace), "steps": int(done.read_text())}
 
 
 async def _together(server: Server, prompts: list[list[int]], max_tokens: int) -> list[Answer]:

@@ -44,7 +44,7 @@ def assemble(
     measured is null there, and `check` says so. ``about``: what else the file's head says (command, commit ...).
     """
     plan = state["plan"]
-    rows = list(dict.fromkeys(row for visit in visits for row in visit.rows))
+    rows = list(dict.fromkeys(row for visit in visits for row in visit.rows if row.kind != "profile"))
     sessions = [s for s in state["sessions"] if engine in s["about"]]
     out: list[dict[str, Any]] = []
     for row in rows:
@@ -68,6 +68,7 @@ def assemble(
         ],
         "sides": _sides(sessions),
         "relative_logit_error": _logit_errors(sessions),
+        "profiles": _profiles(sessions),
         "rows": out,
     }
 
@@ -107,6 +108,17 @@ def _logit_errors(sessions: list[dict[str, Any]]) -> dict[str, float | None]:
             if visit.get("relative_logit_error") is not None:
                 found.setdefault(visit["side"], []).append(("-evidence-" not in name, visit["relative_logit_error"]))
     return {side: _rounded(max(errors)[1]) for side, errors in found.items()}
+
+
+def _profiles(sessions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Profiles by row and side, the last one made of each."""
+    found: dict[str, dict[str, Any]] = {}
+    for session in sessions:
+        for visit in session["visits"].values():
+            for name, repeats in visit["rows"].items():
+                if name.startswith("profile-") and repeats:
+                    found.setdefault(name.removeprefix("profile-"), {})[visit["side"]] = repeats[-1]["profile"]
+    return found
 
 
 def _rows_of(

@@ -1,12 +1,13 @@
 """What is measured: rows by their names, and in which order the sides take their turns."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qwen3next_plugin.errors import SettingsError
 
-Kind = Literal["decode", "prefill", "start", "traffic"]
+Kind = Literal["decode", "prefill", "start", "traffic", "profile"]
 Engine = Literal["vllm", "sglang"]
 
 PROMPT_TOKENS = 1024
@@ -51,7 +52,14 @@ class Row:
     @property
     def result_names(self) -> tuple[str, ...]:
         """The rows of the result file that come of it."""
+        if self.kind == "profile":
+            return ()
         return tuple(f"{self.name}-{m}" for m in TRAFFIC_METRICS) if self.kind == "traffic" else (self.name,)
+
+    @property
+    def profiled(self) -> "Row":
+        """The row that a profile is of."""
+        return _row(self.name.removeprefix("profile-"))
 
 
 def parse_rows(text: str) -> list[Row]:
@@ -60,6 +68,14 @@ def parse_rows(text: str) -> list[Row]:
         ALL_ROWS if text == "all" else tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     )
     return [_row(name) for name in names]
+
+
+def parse_profiles(text: str) -> list[Row]:
+    """Profiles of decode and prefill rows, from their names with commas between. Raises SettingsError for others."""
+    rows = parse_rows(text) if text else []
+    if any(row.kind not in ("decode", "prefill") for row in rows):
+        raise SettingsError(f"--profile: {text!r}: decode-b<requests> and prefill-<tokens> can be profiled.")
+    return [Row(f"profile-{row.name}", "profile", row.size) for row in rows]
 
 
 def _row(name: str) -> Row:
@@ -106,11 +122,14 @@ class Visit:
         return f"{self.side.engine}-{turn}-{'plugin' if self.side.plugin else 'stock'}"
 
 
-def plan_visits(engines: list[Engine], order: str, rows: list[Row], evidence: bool) -> list[Visit]:
+def plan_visits(
+    engines: list[Engine], order: str, rows: list[Row], evidence: bool, profiles: Sequence[Row] = ()
+) -> list[Visit]:
     """The visits of a run, engine by engine. ``order``: A is stock, B the plugin, e.g. "A-B-A".
 
     A side's first visit starts with empty caches. A side that has but one visit and a warm start to show gets another
-    at the end. With ``evidence`` each side is visited once more, without graphs, to count experts and read logits.
+    at the end. Profiles are made in each side's last timed visit, after its rows. With ``evidence`` each side is
+    visited once more, without graphs, to count experts.
     """
     letters = order.upper().split("-")
     if not set(letters) <= {"A", "B"} or not letters:
@@ -129,6 +148,7 @@ def plan_visits(engines: list[Engine], order: str, rows: list[Row], evidence: bo
             start = starts.get("cold-start" if cold else "warm-start")
             # The start comes first: what follows may be taken up again later, in a server started anew.
             mine = ((start,) if start else ()) + (timed if turn < len(letters) else ())
+            mine += tuple(profiles) if plugin not in turns[turn + 1 :] else ()
             if mine:
                 visits.append(Visit(Side(engine, plugin), turn, mine, cold))
         if evidence:

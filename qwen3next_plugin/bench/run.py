@@ -19,6 +19,7 @@ from .client import BenchError
 from .engines import EngineSetup, Limits, command_of, environment_of, told
 from .logits import relative_logit_error
 from .measure import count_experts, decode_length, measure
+from .profile import read_trace, summarize
 from .rows import PROMPT_TOKENS, Engine, Row, Visit
 from .server import Server, free_port, serving
 from .state import State, complete_rows, left_to_do, repeats_wanted
@@ -94,6 +95,7 @@ class Bench:
 
     def _limits(self) -> Limits:
         rows = [row for visit in self.visits for row in visit.rows]
+        rows = [row.profiled if row.kind == "profile" else row for row in rows]
         requests = max([int(row.size) for row in rows if row.kind == "decode"] + [64 if self._has("traffic") else 1])
         decode = [PROMPT_TOKENS + decode_length(row, self.steps) for row in rows if row.kind == "decode"]
         prompts = [row.prompt_tokens + 128 for row in rows]
@@ -172,7 +174,11 @@ class Bench:
                 return False
             tick(f"{row.name}: repeat {len(repeats) + 1} of {repeats_wanted(row, self.repeats)}")
             began = time.monotonic()
-            repeats.append(measure(server, row, len(repeats), self.steps, vocab_size))
+            found = measure(server, row, len(repeats), self.steps, vocab_size)
+            if row.kind == "profile":
+                layers = load_spec(self.model).num_layers
+                found["profile"] = summarize(read_trace(Path(found.pop("trace"))), found["steps"], layers)
+            repeats.append(found)
             if row.kind != "start":
                 self.seconds_of[row.name] = time.monotonic() - began
             self._save()

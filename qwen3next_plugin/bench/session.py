@@ -15,6 +15,7 @@ from qwen3next_plugin.activation import plugin_version
 from qwen3next_plugin.serve.processes import stop_on_termination
 
 from .engines import EngineSetup
+from .profile import profile_table
 from .results import assemble, gpu_slug, write_result
 from .rows import Visit
 from .run import Bench
@@ -112,6 +113,8 @@ def show(file: Path, console: Console) -> None:
         cells = [_cell(row[key]) for key in ("stock_vllm", "stock_sglang", "plugin")]
         table.add_row(row["case"], row["unit"], *cells, ratio, share, "" if spread is None else f"{spread:.1%}")
     console.print(table)
+    for name, profiles in result["profiles"].items():
+        console.print(f"\n{name}, GPU time a step:\n{profile_table(profiles)}", markup=False)
 
 
 def _cell(value: float | None) -> str:

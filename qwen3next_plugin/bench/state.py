@@ -54,8 +54,8 @@ class State:
 
 
 def repeats_wanted(row: Row, repeats: int) -> int:
-    """A server starts once a visit; everything else is repeated."""
-    return 1 if row.kind == "start" else repeats
+    """A server starts once a visit, and is profiled once; everything else is repeated."""
+    return 1 if row.kind in ("start", "profile") else repeats
 
 
 def row_done(visit: dict[str, Any] | None, row: Row, repeats: int) -> bool:

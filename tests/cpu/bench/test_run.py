@@ -213,6 +213,21 @@ def test_another_machine_measures_both_sides_anew(tmp_path: Path, model: Path, p
     assert row["stock"] > 1, "sides of two machines are never compared"
 
 
+def test_profiles_are_made_after_the_rows(tmp_path: Path, model: Path, python: str) -> None:
+    few = ("--rows", "decode-b2", "--no-evidence", "--order", "A-B", "--profile", "decode-b2,prefill-64")
+    done = _bench(tmp_path, model, python, *few)
+    assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+    (file,) = result_files([tmp_path / "results"])
+    result = json.loads(file.read_text())
+    assert [row["case"] for row in result["rows"]] == ["decode-b2"]
+    assert {name: sorted(sides) for name, sides in result["profiles"].items()} == {
+        "decode-b2": ["plugin-vllm", "stock-vllm"],
+        "prefill-64": ["plugin-vllm", "stock-vllm"],
+    }
+    assert result["profiles"]["decode-b2"]["plugin-vllm"]["steps"] == 16
+    assert "launches a layer" in done.output
+
+
 def test_time_that_is_up_begins_nothing(tmp_path: Path, model: Path, python: str) -> None:
     done = _bench(tmp_path, model, python, "--no-evidence", "--minutes", "0")
     assert done.exit_code == 0
@@ -229,6 +244,7 @@ def test_time_that_is_up_begins_nothing(tmp_path: Path, model: Path, python: str
         (["--order", "A-C"], "--order: 'A-C'"),
         (["--against", "peers"], "--against: 'peers'"),
         (["--model", "/nowhere"], "--model"),
+        (["--profile", "cold-start"], "--profile: 'cold-start'"),
     ],
 )
 def test_what_makes_no_sense_is_said_at_once(
