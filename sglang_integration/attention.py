@@ -7,7 +7,8 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import GatedAttentionParts, ParallelLayers
+from qwen3next_plugin.layers import GatedAttentionParts
+from qwen3next_plugin.layers_base import ParallelLayers
 
 
 class Qwen3NextGatedAttention(GatedAttentionParts):

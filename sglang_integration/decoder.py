@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
-from qwen3next_plugin.layers import DecoderLayer, ParallelLayers
+from qwen3next_plugin.layers import DecoderLayer
+from qwen3next_plugin.layers_base import ParallelLayers
 
 from .attention import Qwen3NextGatedAttention
 from .gdn_layer import Qwen3NextGdnLayer

@@ -7,7 +7,8 @@ from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import GdnParts, ParallelLayers
+from qwen3next_plugin.layers import GdnParts
+from qwen3next_plugin.layers_base import ParallelLayers
 
 
 class Qwen3NextGdnLayer(GdnParts):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import ZeroCentredRMSNorm
+from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 
 from .activation import announce
 from .decoder import decoder_layer

@@ -16,7 +16,8 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 
-from qwen3next_plugin.layers import ParallelLayers, fp8_expert_block
+from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_moe import fp8_expert_block
 
 from .names import get_parallel
 

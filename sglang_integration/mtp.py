@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
-from qwen3next_plugin.layers import ZeroCentredRMSNorm
+from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 
 from .decoder import decoder_layer
 from .loading import load_weights

@@ -7,7 +7,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import GatedAttentionParts, ParallelLayers
+from qwen3next_plugin.layers import GatedAttentionParts
+from qwen3next_plugin.layers_base import ParallelLayers
 
 
 class Qwen3NextGatedAttention(GatedAttentionParts):

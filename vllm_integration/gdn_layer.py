@@ -18,7 +18,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.gdn.step import GdnParameters, gdn_step
-from qwen3next_plugin.layers import GdnParts, ParallelLayers
+from qwen3next_plugin.layers import GdnParts
+from qwen3next_plugin.layers_base import ParallelLayers
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
 

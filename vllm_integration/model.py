@@ -25,7 +25,8 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import DecoderLayer, ZeroCentredRMSNorm
+from qwen3next_plugin.layers import DecoderLayer
+from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 
 from .activation import announce
 from .decoder import decoder_layer

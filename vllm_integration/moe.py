@@ -21,7 +21,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
-from qwen3next_plugin.layers import ParallelLayers, fp8_expert_block
+from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_moe import fp8_expert_block
 
 
 def expert_block_size(quant_config: QuantizationConfig | None, prefix: str) -> int | None:

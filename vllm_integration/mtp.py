@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from qwen3next_plugin.config import LayerKind
-from qwen3next_plugin.layers import ZeroCentredRMSNorm
+from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 
 from .decoder import decoder_layer
 from .left_out import keep_accepted_tokens_of_left_out_requests

@@ -1,0 +1,104 @@
+"""The layers' MLPs: plain, and the mixture of experts with its shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from .config import Qwen3NextSpec
+from .errors import PluginError
+from .expert_shard import ExpertShard
+from .kernels.moe import add_shared_expert, fused_moe, route
+from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
+from .weights import Placement
+
+FP8_BLOCK = 128
+
+
+def fp8_expert_block(method: str, block: Sequence[int] | None, prefix: str, engine: str) -> int:
+    """128 for experts in FP8 with 128x128 scales.
+
+    Raises PluginError for any other format: serving it with the wrong arithmetic would be silent.
+    """
+    if method == "fp8" and block is not None and list(block) == [FP8_BLOCK, FP8_BLOCK]:
+        return FP8_BLOCK
+    raise PluginError(
+        f"quantization: the experts of {prefix} are stored as {method} (weight_block_size {block}), which this plugin "
+        "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
+        f"stock {engine}."
+    )
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), the plain MLP and the shared expert."""
+
+    def __init__(
+        self, hidden_size: int, width: int, layers: ParallelLayers, prefix: str, reduce_results: bool = True
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = layers.merged_column(hidden_size, [width] * 2, **layers.options(f"{prefix}.gate_up_proj"))
+        self.down_proj = layers.row(
+            width, hidden_size, reduce_results=reduce_results, **layers.options(f"{prefix}.down_proj")
+        )
+        self.act = layers.silu_and_mul()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_up_proj(hidden_states)[0]))[0]
+
+
+class RoutedExperts(nn.Module):
+    """This rank's routed experts: a slice of every expert under TP, a range of whole experts under EP.
+
+    ``block`` is 128 for FP8 weights with 128x128 scales, None for weights in the model's dtype.
+    """
+
+    def __init__(self, shard: ExpertShard, block: int | None) -> None:
+        super().__init__()
+        self.shard = shard
+        experts, rows, hidden = shard.num_experts, shard.intermediate_size, shard.spec.hidden_size
+        dtype = torch.float8_e4m3fn if block else None
+        self.w13 = frozen_parameter(experts, 2 * rows, hidden, dtype=dtype, loader=self._load)
+        self.w2 = frozen_parameter(experts, hidden, rows, dtype=dtype, loader=self._load)
+        self.w13_scale_inv: nn.Parameter | None = None
+        self.w2_scale_inv: nn.Parameter | None = None
+        if block:
+            columns, scale_rows = -(-hidden // block), -(-rows // block)
+            scale = partial(frozen_parameter, dtype=torch.float32, loader=self._load)
+            self.w13_scale_inv = scale(experts, 2 * scale_rows, columns)
+            self.w2_scale_inv = scale(experts, columns, scale_rows)
+
+    def _load(self, parameter: nn.Parameter, loaded: torch.Tensor, placement: Placement) -> None:
+        self.shard.place(parameter.data, loaded, placement)
+
+    def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """hidden_states [T, H], weights and ids [T, top_k] -> this rank's part of the weighted sum [T, H]."""
+        ids = self.shard.local_ids(ids)
+        return fused_moe(hidden_states, self.w13, self.w2, weights, ids, self.w13_scale_inv, self.w2_scale_inv)
+
+
+class SparseMoE(nn.Module):
+    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate."""
+
+    def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> None:
+        super().__init__()
+        self.moe = moe = spec.moe
+        unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
+        self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
+        shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
+        self.experts = RoutedExperts(shard, layers.expert_block(f"{prefix}.experts"))
+        self.shared_expert = GatedMLP(
+            spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
+        )
+        self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
+        self.all_reduce = layers.all_reduce if layers.size > 1 else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> [T, hidden_size], summed over the ranks."""
+        weights, ids = route(self.gate(hidden_states)[0], self.moe.top_k, self.moe.norm_topk_prob)
+        routed = self.experts(hidden_states, weights, ids)
+        shared = self.shared_expert(hidden_states)
+        output = add_shared_expert(routed, shared, hidden_states, self.shared_expert_gate.weight)
+        return output if self.all_reduce is None else self.all_reduce(output)
