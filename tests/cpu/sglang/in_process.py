@@ -32,7 +32,7 @@ from qwen3next_plugin.sglang_integration.mtp import Qwen3NextForCausalLMMTP
 
 
 def start(path: Path, *, rank: int = 0, size: int = 1, meeting: Path, **arguments: Any) -> None:
-    """Publish a server's settings and join the groups; `meeting` is a file that all ranks name."""
+    """Publish a server's settings and join the groups; `meeting` is a new file that all ranks name."""
     ModelRegistry.models["Qwen3NextForCausalLM"] = Qwen3NextForCausalLM
     ModelRegistry.models["Qwen3NextForCausalLMMTP"] = Qwen3NextForCausalLMMTP
     server_args = ServerArgs(
@@ -44,16 +44,18 @@ def start(path: Path, *, rank: int = 0, size: int = 1, meeting: Path, **argument
         dtype="float32",
         **arguments,
     )
+    if torch.distributed.is_initialized():  # an earlier start, whose sizes may have been others
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
     publish: Any = runtime_context.publish
     if "ranks" in inspect.signature(publish).parameters:
         publish(server_args, role="scheduler", ranks=runtime_context.SpawnRanks(world_rank=rank))
     else:
         publish(server_args, role="scheduler")
-    if not torch.distributed.is_initialized():
-        parallel_state.init_distributed_environment(size, rank, f"file://{meeting}", local_rank=rank, backend="gloo")
-        sizes = {"tensor_model_parallel_size": size, "expert_model_parallel_size": arguments.get("ep_size", 1)}
-        makes: Any = parallel_state.initialize_model_parallel
-        makes(**{name: value for name, value in sizes.items() if name in inspect.signature(makes).parameters})
+    parallel_state.init_distributed_environment(size, rank, f"file://{meeting}", local_rank=rank, backend="gloo")
+    sizes = {"tensor_model_parallel_size": size, "expert_model_parallel_size": arguments.get("ep_size", 1)}
+    makes: Any = parallel_state.initialize_model_parallel
+    makes(**{name: value for name, value in sizes.items() if name in inspect.signature(makes).parameters})
     config = {"server_args": server_args, "model_config": ModelConfig.from_server_args(server_args)}
     begin: Any = dp_attention.initialize_dp_attention
     begin(**{name: value for name, value in config.items() if name in inspect.signature(begin).parameters})

@@ -98,7 +98,7 @@ def _rank(rank: int, directory: str) -> None:
     results = {}
     for name, arguments in ON_TWO_RANKS.items():
         path = Path(directory) / name
-        start(path, rank=rank, size=2, meeting=Path(directory) / "meeting", **arguments)
+        start(path, rank=rank, size=2, meeting=Path(directory) / f"meeting-{name}", **arguments)
         model = load(path)
         experts = next(module for module in model.modules() if hasattr(module, "w13"))
         results[name] = (run(model, SEQUENCES), tuple(experts.w13.shape))
