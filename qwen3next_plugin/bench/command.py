@@ -101,9 +101,12 @@ def write_model(
     """Write config.json and a tokenizer for weights that are made on the GPU: no file of weights is needed."""
     from qwen3next_plugin.demo.random import write_random_checkpoint
 
+    from .prompts import give_every_token_a_text
+
     if quantization not in ("fp8", "none"):
         raise SettingsError(f"--quantization: {quantization!r} is not known: use fp8 or none.")
     write_random_checkpoint(directory, shape, fp8=quantization == "fp8", weights=False)
+    give_every_token_a_text(directory)
     print(f"{directory}: {shape}, {'FP8 in 128x128 blocks' if quantization == 'fp8' else 'bf16'}, no weights.")
 
 

@@ -136,10 +136,10 @@ def _rows_of(
     )
     touched = experts.get(f"plugin-{engine}")
     floor = floor_of(row, load_spec(model), about["ceilings"], facts, touched, plan["steps"])
-    clients = {
-        visit["side"]: [r["client"] for r in visit["rows"].get(row.name, ()) if r.get("client") is not None]
-        for visit in session["visits"].values()
-    }
+    clients: Values = {}
+    for visit in session["visits"].values():
+        gaps = [r["client"] for r in visit["rows"].get(row.name, ()) if r.get("client") is not None]
+        clients.setdefault(visit["side"], []).extend(gaps)
     result = []
     for name in row.result_names:
         values = {side: found[name] for side, found in sides.items()}
