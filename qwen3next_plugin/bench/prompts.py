@@ -22,6 +22,9 @@ def give_every_token_a_text(directory: Path) -> None:
     size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     file = directory / "tokenizer.json"
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    taken = set(tokenizer["model"]["vocab"].values()) | {token["id"] for token in tokenizer["added_tokens"]}
-    tokenizer["model"]["vocab"] |= {f"Ġt{i}": i for i in range(size) if i not in taken}
+    vocabulary = tokenizer["model"]["vocab"]
+    # Special tokens too: one that the vocabulary does not hold would be numbered anew, behind the words.
+    vocabulary |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    taken = set(vocabulary.values())
+    vocabulary |= {f"Ġt{i}": i for i in range(size) if i not in taken}
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

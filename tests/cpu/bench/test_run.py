@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from qwen3next_plugin.bench import ceilings
@@ -54,6 +55,15 @@ def result(tmp_path_factory: pytest.TempPathFactory, model: Path, python: str) -
     return found
 
 
+def test_every_token_has_a_text(model: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    assert all(tokenizer.decode([i], skip_special_tokens=False) for i in range(size))
+    assert tokenizer.token_to_id("<|im_end|>") == 258
+    assert tokenizer.decode([300, 301]) == " t300 t301"
+    assert tokenizer.encode("t300 t301").ids == list(b"t300 t301")
+
+
 def test_ceilings_are_measured() -> None:
     found = ceilings.measure_ceilings()
     assert found["versions"]["torch"]
@@ -70,6 +80,7 @@ def test_sides_take_turns_and_are_timed_alike(result: dict[str, Any]) -> None:
     assert len(rows["decode-b1"]["repeats"]["plugin-vllm"]) == 3
     assert rows["decode-b1"]["stock"] == rows["decode-b1"]["stock_vllm"]
     assert rows["decode-b1"]["stock_sglang"] is None
+    assert rows["decode-b1"]["client_ms"]["stock-vllm"] == pytest.approx(rows["decode-b1"]["stock"], rel=0.5)
     assert len(rows["warm-start"]["repeats"]["plugin-vllm"]) == 1
     visits = [v for side in result["sides"].values() for entry in side["timed"] for v in entry["visits"]]
     assert sorted(visits) == ["0:vllm-1-stock", "0:vllm-2-plugin", "0:vllm-3-stock", "0:vllm-4-plugin"]
