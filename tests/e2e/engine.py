@@ -109,9 +109,6 @@ class Engine(ABC):
     drift: ClassVar[tuple[str, str, str]]
     """The same for something that this plugin relies on and finds under another name; the old text names it."""
 
-    raising: ClassVar[tuple[str, str]]
-    """A text in the plugin's own registration for it, and the text that makes registering fail."""
-
     random_setups: ClassVar[tuple[Setup, ...]]
     demo_setups: ClassVar[tuple[Setup, ...]]
     limit_setups: ClassVar[tuple[Setup, ...]]

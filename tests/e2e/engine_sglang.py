@@ -39,7 +39,6 @@ class SglangEngine(Engine):
         "class GDNAttnBackend(",
         "class GatedDeltaNetBackend(",
     )
-    raising = ("    check_engine(", "    raise RuntimeError('something unforeseen')\n    check_engine(")
     random_setups = (
         *(Setup("ratio2"), Setup("ratio1", 1, "no_buffer", quick=True)),
         *(Setup("ratio2", 2, "extra_buffer_lazy"), Setup("ratio4", 3, "extra_buffer", quick=True)),

@@ -36,7 +36,6 @@ class VllmEngine(Engine):
         "def mamba_get_block_table_tensor(",
         "def get_mamba_block_table(",
     )
-    raising = ("    check_engine(", "    raise RuntimeError('something unforeseen')\n    check_engine(")
     random_setups = (Setup("ratio2", eager=False), Setup("ratio1", 1, "align"), Setup("ratio4", 3, "align"))
     demo_setups = (Setup("demo", 1), Setup("demo", 2, "align"), Setup("demo", 3, "align"))
     limit_setups = (Setup("ratio2", 0, "align"), Setup("ratio2", 3, "align"))
