@@ -14,6 +14,7 @@ from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID
 from qwen3next_plugin.kernels.gdn.step import DraftStates, GdnParameters, gdn_step
 
+from .checks import is_qwen3_next
 from .gdn_metadata import (
     PADDING,
     DraftPlaces,
@@ -26,7 +27,6 @@ from .gdn_metadata import (
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
 
-ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 STOCK_BACKEND = ("sglang.srt.layers.attention.linear.gdn_backend", "GDNAttnBackend")
 
 
@@ -36,7 +36,7 @@ def make_gdn_backend(runner: Any) -> MambaAttnBackendBase:
     Stands in for SGLang's class of that name, which is called with a ModelRunner. Raises RegistrationError for a
     setting that our backend cannot serve.
     """
-    if runner.model_config.hf_config.architectures[0] in ARCHITECTURES:
+    if is_qwen3_next(runner.model_config):
         return Qwen3NextGdnBackend(runner)
     # Found, not imported: the name leads here. SGLang's hooks rewrite it wherever it was imported, here too.
     stock = next(

@@ -28,6 +28,7 @@ _MODELS = {
     "Qwen3NextForCausalLMMTP": (f"{__package__}.mtp", "Qwen3NextForCausalLMMTP"),
 }
 _GDN_BACKEND = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
+_HYBRID = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 _MODEL_CONFIG = "sglang.srt.configs.model_config.ModelConfig"
 _ARCHITECTURE = "sglang.srt.model_loader.utils.get_model_architecture"
 _AROUND = {  # to functions of `checks`
@@ -43,6 +44,35 @@ RELIANCES = [
     Reliance("sglang.srt.plugins.hook_registry.HookType", "to hang in hooks", attributes=("REPLACE", "AROUND")),
     Reliance("sglang.srt.models.registry.ModelRegistry.models", "to put our classes in the models' place"),
     Reliance(_GDN_BACKEND, "to run the recurrent layers on our kernels"),
+    Reliance(
+        f"{_HYBRID}.MambaAttnBackendBase",
+        "to hold what captured batches read",
+        attributes=("init_cuda_graph_state", "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"),
+    ),
+    Reliance(
+        f"{_HYBRID}.HybridLinearAttnBackend.update_mamba_state_after_mtp_verify",
+        "to keep the states of accepted drafts",
+        parameters=("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track"),
+    ),
+    Reliance(
+        "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool",
+        "to find a request's states",
+        attributes=("get_mamba_indices", "translate_mamba_indices", "mamba2_layer_cache"),
+    ),
+    Reliance(
+        "sglang.srt.mem_cache.memory_pool.MambaPool.SpeculativeState",
+        "to leave the states of drafts there",
+        parameters=("conv", "temporal", "intermediate_ssm", "intermediate_conv_window"),
+    ),
+    Reliance(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
+        "to find a step's rows, and where the radix tree wants states",
+        parameters=(
+            *("extend_start_loc", "extend_seq_lens", "extend_prefix_lens", "extend_seq_lens_cpu"),
+            *("mamba_track_indices", "mamba_track_mask"),
+        ),
+        attributes=("mamba_track_aligned_lens",),
+    ),
     Reliance(
         f"{_MODEL_CONFIG}._derive_context_length", "to complete the rope before it", parameters=("context_length",)
     ),

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
 
 from qwen3next_plugin.kernels.conv.reference import causal_conv
-from qwen3next_plugin.kernels.gdn.reference import delta_rule_recurrent, gdn_gates, l2_normalize
+from qwen3next_plugin.kernels.gdn.reference import delta_rule_chunked, gdn_gates, l2_normalize
 
 K_HEADS, V_HEADS, KEY_DIM, VALUE_DIM, WIDTH = 1, 2, 8, 4, 4
 CONV_DIM = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
@@ -50,7 +50,7 @@ class Expected:
 
 
 def formula(layer: RadixLinearAttention, inputs: Inputs) -> Expected:
-    """A whole sequence from nothing, token by token."""
+    """A whole sequence from nothing, in chunks: in float64 as good as token by token, and far faster."""
     qkv, a, b = (part.double() for part in inputs)
     convolved, window = causal_conv(qkv[None], layer.conv_weights.double())
     q, k, v = convolved.split([K_HEADS * KEY_DIM, K_HEADS * KEY_DIM, V_HEADS * VALUE_DIM], dim=-1)
@@ -59,7 +59,7 @@ def formula(layer: RadixLinearAttention, inputs: Inputs) -> Expected:
         for part in (q, k)
     )
     g, beta = gdn_gates(a[None], b[None], layer.A_log.double(), layer.dt_bias.double())
-    out, state = delta_rule_recurrent(q, k, v.unflatten(-1, (V_HEADS, VALUE_DIM)), g, beta)
+    out, state = delta_rule_chunked(q, k, v.unflatten(-1, (V_HEADS, VALUE_DIM)), g, beta)
     return Expected(out[0], window[0].T, state[0])
 
 

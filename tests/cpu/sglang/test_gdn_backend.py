@@ -176,16 +176,11 @@ def test_chunks_that_no_snapshot_fits_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("architecture", "backend"),
-    [
-        ("Qwen3NextForCausalLM", "Qwen3NextGdnBackend"),
-        ("Qwen3NextForCausalLMMTP", "Qwen3NextGdnBackend"),
-        ("Qwen3_5MoeForCausalLM", "GDNAttnBackend"),
-    ],
+    ("model_type", "backend"), [("qwen3_next", "Qwen3NextGdnBackend"), ("qwen3_5_moe", "GDNAttnBackend")]
 )
-def test_other_models_keep_sglangs_backend(architecture: str, backend: str) -> None:
+def test_other_models_keep_sglangs_backend(model_type: str, backend: str) -> None:
     runner = Harness().runner
-    runner.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    runner.model_config = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
     triton = SimpleNamespace(is_triton=lambda: True, is_flashinfer=lambda: False)
     runner.linear_attn_backends = SimpleNamespace(decode=triton, prefill=triton, verify=triton)
     assert type(gdn_backend.make_gdn_backend(runner)).__name__ == backend
