@@ -76,4 +76,5 @@ def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
-    assert [line.split("=")[0] for line in lines] == ["QWEN3NEXT_PLUGIN", "QWEN3NEXT_KERNELS", "QWEN3NEXT_ROPE"]
+    names = [f"QWEN3NEXT_{name}" for name in ("PLUGIN", "KERNELS", "ROPE", "RECORD", "RECORD_EXPERTS")]
+    assert [line.split("=")[0] for line in lines] == names
