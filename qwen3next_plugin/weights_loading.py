@@ -54,7 +54,7 @@ def _place(
     placement: Placement,
     default_loader: Callable[[nn.Parameter, torch.Tensor], None],
 ) -> None:
-    loader = getattr(parameter, "weight_loader", default_loader)
+    loader: Callable[..., None] = getattr(parameter, "weight_loader", default_loader)
     if ".experts." in placement.name:
         loader(parameter, tensor, placement)
     elif placement.shard is not None:

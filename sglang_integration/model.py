@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -55,7 +56,7 @@ class Qwen3NextModel(nn.Module):
 class SharedEmbeddingAndHead(nn.Module):
     """What SGLang asks of a target and a drafter to let them share one embedding and one head."""
 
-    model: nn.Module
+    model: Any  # with embed_tokens
     lm_head: ParallelLMHead
 
     # How quantisation configs that name the checkpoint's modules find the fused ones.

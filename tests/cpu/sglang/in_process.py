@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.model_loader import get_model
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.server_args import ServerArgs
-from torch import nn
 from torch.nn import functional
 
 from qwen3next_plugin.kernels.gdn.step import GdnParameters, PrefillRows, gdn_step
@@ -61,7 +61,7 @@ def start(path: Path, *, rank: int = 0, size: int = 1, meeting: Path, **argument
     begin(**{name: value for name, value in config.items() if name in inspect.signature(begin).parameters})
 
 
-def load(path: Path, *, drafter: bool = False) -> nn.Module:
+def load(path: Path, *, drafter: bool = False) -> Any:
     """The class SGLang builds for a checkpoint, loaded by SGLang's own loader in float32."""
     config = model_config(path, drafter)
     return get_model(model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu"))
@@ -72,7 +72,7 @@ def model_config(path: Path, drafter: bool = False) -> ModelConfig:
     return ModelConfig.from_server_args(runtime_context.get_server_args(), model_path=str(path), is_draft_model=drafter)
 
 
-def run(model: nn.Module, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | None = None) -> list[torch.Tensor]:
+def run(model: Any, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Hidden states behind the final norm of each sequence, all in one prefill; `hidden` is a drafter's input."""
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
@@ -99,10 +99,9 @@ class _WholeBatch:
 
     def _full(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, *rest: Any) -> torch.Tensor:
         q, k, v = (x.reshape(len(x), -1, layer.head_dim).transpose(0, 1) for x in (q, k, v))
-        outputs = [
-            functional.scaled_dot_product_attention(*parts, is_causal=True, scale=layer.scaling, enable_gqa=True)
-            for parts in zip(*(x.split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
-        ]
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True, scale=layer.scaling, enable_gqa=True)
+        sequences = (x.split(self.lengths, dim=1) for x in (q, k, v))
+        outputs = [attend(*parts) for parts in zip(*sequences, strict=True)]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
     def _linear(

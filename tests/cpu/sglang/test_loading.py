@@ -12,12 +12,12 @@ import pytest
 import torch
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.runtime_context import get_parallel
-from torch import nn
 
 from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.errors import PluginError, WeightError
 from qwen3next_plugin.expert_shard import ExpertShard
+from qwen3next_plugin.sglang_integration.gdn_layer import Qwen3NextGdnLayer
 from qwen3next_plugin.sglang_integration.model import Qwen3NextForCausalLM
 from qwen3next_plugin.sglang_integration.moe import expert_block_size
 from qwen3next_plugin.weights import Placement, fuse_checkpoint, open_checkpoint, shard_fused
@@ -25,7 +25,7 @@ from qwen3next_plugin.weights import Placement, fuse_checkpoint, open_checkpoint
 from .in_process import model_config, start
 
 # Heads, widths and the hidden size are whole FP8 blocks, on two ranks too.
-BLOCKS = {
+BLOCKS: dict[str, Any] = {
     "hidden_size": 256,
     "head_dim": 128,
     "linear_key_head_dim": 128,
@@ -134,10 +134,10 @@ def test_other_experts_are_refused(block: list[int] | None) -> None:
 
 def test_what_the_recurrent_layer_hands_to_sglang_are_its_own_parameters(path: Path) -> None:
     model = build(path)
-    layers: list[nn.Module] = [layer.linear_attn for layer in model.model.layers if hasattr(layer, "linear_attn")]
+    layers = [module for module in model.modules() if isinstance(module, Qwen3NextGdnLayer)]
     assert layers
     for layer in layers:
-        attn: Any = layer.attn
+        attn = layer.attn
         assert (attn.conv_weights, attn.A_log, attn.dt_bias) == (layer.conv1d.weight, layer.A_log, layer.dt_bias)
         assert attn.A_log.dtype is attn.dt_bias.dtype is torch.float32
         assert attn.conv_weights.shape == (load_spec(path).gdn.conv_dim, 4)
