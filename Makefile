@@ -46,11 +46,15 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "FAILED: $(PYTHON) is missing or older than 3.11; name one with PYTHON=…" >&2; exit 1; }
 
-# Lint, unit and kernel tests run once, in vLLM's environment; then each engine has its own tests in its own.
-test:
-	$(MAKE) --no-print-directory ENGINE=vllm USE_ENV='$(USE_ENV_VLLM)' lint cpu-tests e2e-tests
-	$(MAKE) --no-print-directory ENGINE=sglang VENV=.venv/sglang USE_ENV='$(USE_ENV_SGLANG)' engine-tests
-	$(MAKE) --no-print-directory ENGINE=sglang-next VENV=.venv/sglang-next USE_ENV='$(USE_ENV_SGLANG_NEXT)' engine-tests
+# Lint, unit and kernel tests run once, in vLLM's environment; then each engine has its own tests in its own. The two
+# engines' run side by side; under make itself this could not be seen happening (-j holds output back or mixes it).
+ENGINE_MAKE = $(MAKE) --no-print-directory ENGINE=$(1) VENV=.venv/$(1) USE_ENV=$(2)
+
+test: python
+	+@$(PYTHON) tests/side_by_side.py \
+	  "vllm=$(call ENGINE_MAKE,vllm,$(USE_ENV_VLLM)) lint cpu-tests e2e-tests" \
+	  "sglang=$(call ENGINE_MAKE,sglang,$(USE_ENV_SGLANG)) engine-tests && \
+	    $(call ENGINE_MAKE,sglang-next,$(USE_ENV_SGLANG_NEXT)) engine-tests"
 
 lint: environment
 	$(RUN) -m ruff check .

@@ -68,7 +68,7 @@ class Environment:
         """Make it ready; False if it was already. Raises ServeError, one sentence, on the first step that fails."""
         if self.is_ready():
             return False
-        with self._alone():
+        with _alone(self.path.with_name(f"{self.path.name}.lock"), "building this environment"):
             if self.is_ready():
                 return False
             self._make()
@@ -87,18 +87,6 @@ class Environment:
         draft = self.path / f"{RECORD}.draft"
         draft.write_text(json.dumps({"origin": self.origin(), "key": key}, indent=1) + "\n")
         os.replace(draft, self.path / RECORD)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Two `make` at once: the second waits for the first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("Another make is building this environment; waiting for it.", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def _make(self) -> None:
         record = self._record()
@@ -125,13 +113,18 @@ class Environment:
             requirement = self.engine.requirement("gpu")
             more = self.engine.more("gpu")
             pip.install(f"Installing {requirement}", [requirement, *more, *self._project_requirements()])
+        # A build writes into the checkout, which environments made side by side share.
+        with _alone(self.root / ".venv" / "build.lock", "installing from this folder"):
+            self._install_from_checkout(pip)
+        self._check()
+        with Progress("Compiling Python files") as step:
+            compile_all(self.python, self.log, step)
+
+    def _install_from_checkout(self, pip: Pip) -> None:
         pip.install("Installing this project", ["--no-deps", "--no-build-isolation", "--editable", str(self.root)])
         if stand_ins := self._stand_ins():
             options = ["--no-deps", "--no-build-isolation", str(stand_ins)]
             pip.install(f"Installing {pins.STAND_INS}, a test aid in place of its kernels", options)
-        self._check()
-        with Progress("Compiling Python files") as step:
-            compile_all(self.python, self.log, step)
 
     def _create(self) -> None:
         """The empty environment, with pip; also where Python comes without ensurepip (some Linux distributions)."""
@@ -213,3 +206,16 @@ class Environment:
                 raise ServeError(f"pip finished, but {name} is not in {self.path}; {advice}.")
         if self.device == "cpu" and (wrong := intruders(installed, pins.TORCH_CPU)):
             raise ServeError(f"{self.path} is for a CPU but holds {', '.join(wrong)}; {advice}.")
+
+
+@contextmanager
+def _alone(lock: Path, doing: str) -> Iterator[None]:
+    """Of two `make` at once, the second waits here for the first."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another make is {doing}; waiting for it.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -2,17 +2,19 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def pytest_runs(*arguments: str) -> list[tuple[str, str]]:
-    """(environment, first path) of every pytest that make would start."""
+    """(environment, first path) of every pytest that make would start; vLLM's first, for they run side by side."""
     own = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ENGINE", "VENV", "USE_ENV", "TESTS"}
     env = {name: value for name, value in os.environ.items() if name not in own and not name.startswith("USE_ENV_")}
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    commands = [line.split(" -m pytest ") for line in done.stdout.splitlines() if " -m pytest " in line]
+    lines = sorted(done.stdout.splitlines(), key=lambda line: not line.startswith("   vllm |"))
+    commands = [line.split(" -m pytest ") for line in lines if " -m pytest " in line]
     return [(before.split()[-1].removesuffix("/bin/python"), after.split()[0]) for before, after in commands]
 
 
@@ -29,6 +31,16 @@ def test_environments_of_the_users_are_taken_for_their_engine_only() -> None:
     assert [environment for environment, _ in runs] == ["/v", "/v", "/s", "/s", "/n", "/n"]
     runs = pytest_runs("test", "USE_ENV_VLLM=/v")
     assert [environment for environment, _ in runs] == ["/v"] * 2 + [".venv/sglang"] * 2 + [".venv/sglang-next"] * 2
+
+
+def test_commands_side_by_side_fail_together() -> None:
+    script = [sys.executable, ROOT / "tests/side_by_side.py"]
+    done = subprocess.run([*script, "a=echo one; exit 3", "b=sleep 0.2; echo two"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert {"      a | one", "      b | two", "      a | FAILED with exit code 3", "      b | passed"} == set(
+        done.stdout.splitlines()
+    )
+    assert subprocess.run([*script, "a=true", "b=true"], capture_output=True).returncode == 0
 
 
 def test_one_engine_alone() -> None:
