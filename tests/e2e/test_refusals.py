@@ -64,7 +64,8 @@ CASES = {kind: Case((BROKEN[kind].field, BROKEN[kind].remedy), break_config(kind
         environment=lambda folder: other_source(folder, *engine().version_change),
     ),
     "drifted dependency": Case(
-        (engine().drift[1].split()[-1].strip("("), "is gone"), environment=lambda folder: other_source(folder, *engine().drift)
+        (engine().drift[1].split()[-1].strip("("), "is gone"),
+        environment=lambda folder: other_source(folder, *engine().drift),
     ),
 }
 QUICK = {"missing", "truncated checkpoint", "drifted dependency", "error while registering", "another plugin's hook"}
