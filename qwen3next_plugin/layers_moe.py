@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +19,23 @@ from .weights import Placement
 FP8_BLOCK = 128
 
 
-def fp8_expert_block(method: str, block: Sequence[int] | None, prefix: str, engine: str) -> int:
-    """128 for experts in FP8 with 128x128 scales.
+def expert_block_size(
+    quant_config: Any, prefix: str, *, fp8_config: type, is_layer_skipped: Callable[..., bool], engine: str
+) -> int | None:
+    """128 for experts that the engine's quantisation config makes FP8 with 128x128 scales, None for unquantised ones.
 
-    Raises PluginError for any other format: serving it with the wrong arithmetic would be silent.
+    ``prefix`` names the experts' module; ``fp8_config`` and ``is_layer_skipped`` are the engine's. Raises PluginError
+    for any other format: serving it with the wrong arithmetic would be silent.
     """
-    if method == "fp8" and block is not None and list(block) == [FP8_BLOCK, FP8_BLOCK]:
+    if quant_config is None:
+        return None
+    method, block = quant_config.get_name(), None
+    if isinstance(quant_config, fp8_config):
+        fp8: Any = quant_config
+        if is_layer_skipped(prefix, fp8.ignored_layers, fp8.packed_modules_mapping):
+            return None
+        block = fp8.weight_block_size
+    if method == "fp8" and block == [FP8_BLOCK, FP8_BLOCK]:
         return FP8_BLOCK
     raise PluginError(
         f"quantization: the experts of {prefix} are stored as {method} (weight_block_size {block}), which this plugin "

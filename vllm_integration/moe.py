@@ -17,24 +17,15 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
+from qwen3next_plugin import layers_moe
 from qwen3next_plugin.layers_base import ParallelLayers
-from qwen3next_plugin.layers_moe import fp8_expert_block
 
-
-def expert_block_size(quant_config: QuantizationConfig | None, prefix: str) -> int | None:
-    """128 for FP8 experts with 128x128 scales, None for unquantised ones; PluginError for any other format."""
-    if quant_config is None:
-        return None
-    block = None
-    if isinstance(quant_config, Fp8Config):
-        if is_layer_skipped(prefix, quant_config.ignored_layers, quant_config.packed_modules_mapping):
-            return None
-        block = quant_config.weight_block_size
-    return fp8_expert_block(quant_config.get_name(), block, prefix, "vLLM")
+expert_block_size = partial(
+    layers_moe.expert_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="vLLM"
+)
 
 
 def parallel_layers(vllm_config: VllmConfig) -> ParallelLayers:

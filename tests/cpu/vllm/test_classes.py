@@ -1,8 +1,6 @@
 """What this plugin's classes are made of, and what torch.compile and CUDA graphs are told of its op."""
 
-import inspect
 from importlib import import_module
-from pkgutil import iter_modules
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qwen3next_plugin import vllm_integration
 from qwen3next_plugin.settings import read_settings
+from tests.own_classes import assert_none_derives_from
 
 # vLLM's Qwen3-Next model, Gated DeltaNet layers and MoE blocks: called nowhere, derived from nowhere.
 FOREIGN = (
@@ -17,24 +16,10 @@ FOREIGN = (
     "vllm.model_executor.layers.mamba.gdn",
     "vllm.model_executor.layers.fused_moe",
 )
-MODULES = [f"{vllm_integration.__name__}.{module.name}" for module in iter_modules(vllm_integration.__path__)]
-
-
-def own_classes() -> list[type]:
-    classes = [
-        item
-        for name in MODULES
-        for _, item in inspect.getmembers(import_module(name), inspect.isclass)
-        if item.__module__ == name
-    ]
-    assert len(classes) > 10
-    return classes
 
 
 def test_no_class_derives_from_the_engines_model_layer_or_experts() -> None:
-    for item in own_classes():
-        for base in item.__mro__:
-            assert not base.__module__.startswith(FOREIGN), f"{item} derives from {base}"
+    assert_none_derives_from(vllm_integration, FOREIGN)
 
 
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3NextMTP"])
