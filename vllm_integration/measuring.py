@@ -37,14 +37,23 @@ def _watch_scheduler(record: Recorder) -> None:
 
 
 def _watch_workers(record: Recorder) -> None:
-    from vllm.v1.worker.cpu_worker import CPUWorker
+    worker = _worker()
+    original = worker.compile_or_warm_up_model
+    if not hasattr(original, "__wrapped__"):
+        worker.compile_or_warm_up_model = _observed(original, record)
+
+
+def _worker() -> Any:
+    """The class of this platform's worker. Importing the CPU's replaces torch.cuda's streams and events for good."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
 
-    for worker in (Worker, CPUWorker):
-        original = worker.__dict__.get("compile_or_warm_up_model")
-        if original is None or hasattr(original, "__wrapped__"):
-            continue
-        worker.compile_or_warm_up_model = _observed(original, record)
+    return Worker
 
 
 def _observed(original: Any, record: Recorder) -> Any:
