@@ -40,11 +40,12 @@ def _source(module: str) -> Path:
 
 
 def other_plugin(folder: Path, code: str, group: str = "sglang.srt.plugins") -> dict[str, str]:
-    """Variables under which an engine finds one more plugin, which runs `code`."""
-    info = folder / "aa_other-1.dist-info"
+    """Variables under which an engine finds one more plugin, behind all others, which runs `code`."""
+    plugin = folder / "plugin"
+    info = plugin / "zz_other-1.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aa-other\nVersion: 1\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\naa_other = aa_other:plugin\n")
-    body = textwrap.indent(code, "    ")
-    (folder / "aa_other.py").write_text(f"def plugin():\n{body}")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: zz-other\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nzz_other = zz_other:plugin\n")
+    (plugin / "zz_other.py").write_text(f"def plugin():\n{textwrap.indent(code, '    ')}")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(plugin)!r})\n")
     return {"PYTHONPATH": str(folder)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +94,7 @@ if engine().name == "sglang":  # vLLM ends by itself when a plugin raises
 @pytest.fixture(scope="module")
 def endings(
     request: pytest.FixtureRequest, random_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[Exited]]:
+) -> Iterator[dict[str, Future[Exited]]]:
     """How the engine ends in each selected case; two at a time, for most of it is imports."""
     whole = random_checkpoint("tiny")
     chosen = {item.callspec.params.get("kind") for item in request.session.items if hasattr(item, "callspec")}
@@ -110,7 +110,7 @@ def endings(
         return run_until_exit(checkpoint, *arguments, env=case.environment(folder / "site"), seconds=600)
 
     with ThreadPoolExecutor(2) as pool:
-        return {kind: pool.submit(serve, kind) for kind in CASES if kind in chosen}
+        yield {kind: pool.submit(serve, kind) for kind in CASES if kind in chosen}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.quick] * (k in QUICK)) for k in CASES])
