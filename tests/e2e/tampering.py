@@ -24,8 +24,8 @@ def other_source(folder: Path, module: str, old: str, new: str) -> dict[str, str
     text = source.read_text()
     assert old in text, f"{old!r} is not in {source}"
     folder.mkdir()
-    (folder / "copy.py").write_text(text.replace(old, new))
-    finder = _FINDER.format(module=module, source=str(folder / "copy.py"))
+    (folder / "changed_module.py").write_text(text.replace(old, new))
+    finder = _FINDER.format(module=module, source=str(folder / "changed_module.py"))
     (folder / "sitecustomize.py").write_text(finder)
     return {"PYTHONPATH": str(folder)}
 
