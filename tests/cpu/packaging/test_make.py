@@ -34,7 +34,7 @@ def test_environments_of_the_users_are_taken_for_their_engine_only() -> None:
 
 
 def test_commands_side_by_side_fail_together() -> None:
-    script = [sys.executable, ROOT / "tests/side_by_side.py"]
+    script = [sys.executable, str(ROOT / "tests/side_by_side.py")]
     done = subprocess.run([*script, "a=echo one; exit 3", "b=sleep 0.2; echo two"], capture_output=True, text=True)
     assert done.returncode == 1
     assert {"      a | one", "      b | two", "      a | FAILED with exit code 3", "      b | passed"} == set(
