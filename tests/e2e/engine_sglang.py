@@ -153,7 +153,8 @@ class SglangEngine(Engine):
         return server.counts["retractions"]
 
     def small_pool(self) -> list[str]:
-        return ["--max-total-tokens", "700"]
+        # Admitted as if answers were short, so that they outgrow the pool and some are retracted.
+        return ["--max-total-tokens", "700", "--schedule-conservativeness", "0.2"]
 
     def inside(self, setup: Setup, tight: bool = False) -> dict[str, Any]:
         flags = self.flags(setup) + ["--max-total-tokens", "500"] * tight

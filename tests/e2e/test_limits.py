@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from .engine import Setup
+from .engine import RefusedError, Setup
 from .oracle import LOGPROB_TOLERANCE, golden_prompts, largest_error, random_prompt
 from .requests import complete, complete_together
 from .server import Server, engine, parameters
@@ -53,8 +53,16 @@ def test_a_token_more_is_refused(served: Served) -> None:
         prompt = list(random_prompt(1, length))
         with pytest.raises(openai.BadRequestError):
             server.client.completions.create(model=server.model, prompt=prompt, max_tokens=2)
-    with pytest.raises(openai.BadRequestError):
-        server.client.completions.create(model=server.model, prompt=[1] * 100, max_tokens=CONTEXT - 99)
+    server.assert_alive()
+
+
+def test_an_answer_ends_with_the_context(served: Served) -> None:
+    """vLLM cuts an answer that was asked to be longer, SGLang refuses it."""
+    server, prompt = served.server, random_prompt(2, 100)
+    try:
+        assert len(complete(server, prompt, CONTEXT - 99).tokens) == served.reach - 100
+    except RefusedError as error:
+        assert "context" in str(error)
     server.assert_alive()
 
 
