@@ -22,7 +22,7 @@ def test_each_engine_has_its_environment() -> None:
     assert pytest_runs("test") == [
         *((".venv/vllm", tests) for tests in ("tests", "tests/e2e")),
         *((".venv/sglang", tests) for tests in ("tests/cpu/sglang", "tests/e2e")),
-        *((".venv/sglang-next", tests) for tests in ("tests/cpu/sglang", "tests/e2e")),
+        *((".venv/sglang-next", tests) for tests in ("tests/cpu/sglang", "tests/e2e/test_golden.py")),
     ]
 
 
