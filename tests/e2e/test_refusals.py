@@ -64,7 +64,7 @@ CASES = {kind: Case((BROKEN[kind].field, BROKEN[kind].remedy), break_config(kind
         environment=lambda folder: other_source(folder, *engine().version_change),
     ),
     "drifted dependency": Case(
-        (engine().drift[1].split()[-1].strip("("), "is gone"),
+        (engine().drift[1].split()[-1].strip("("), "relies on it"),
         environment=lambda folder: other_source(folder, *engine().drift),
     ),
 }
