@@ -121,7 +121,7 @@ class SglangEngine(Engine):
             top_logprobs=[_by_token(place) for place in meta["output_top_logprobs"]],
             cached_tokens=meta["cached_tokens"],
             finish_reason=meta["finish_reason"]["type"],
-            prompt_logprobs=_prompt_logprobs(meta) if score_prompt else [],
+            prompt_logprobs=_prompt_logprobs(prompt, meta) if score_prompt else [],
         )
 
     def chat(self, server: Server, messages: list[Any], max_tokens: int, ignore_eos: bool) -> Chat:
@@ -173,8 +173,12 @@ def _by_token(place: list[list[Any]]) -> dict[int, float]:
     return {token: logprob for logprob, token, *_ in place}
 
 
-def _prompt_logprobs(meta: dict[str, Any]) -> list[dict[int, float]]:
-    """The entry of each prompt token but the first: the likeliest tokens there, and the one that stands there."""
-    own = [{token: logprob} for logprob, token, *_ in meta["input_token_logprobs"][1:]]
+def _prompt_logprobs(prompt: Sequence[int], meta: dict[str, Any]) -> list[dict[int, float]]:
+    """The entry of each prompt token but the first: the likeliest tokens there, and the one that stands there.
+
+    Tokens from the prompt, not from the answer: there SGLang writes 0 for the vocabulary's last one.
+    """
+    found = meta["input_token_logprobs"]
+    own = [{token: logprob} for token, (logprob, *_) in zip(prompt[1:], found[1:], strict=True)]
     top = [_by_token(place) for place in meta["input_top_logprobs"][1:]]
     return [a | b for a, b in zip(own, top, strict=True)]

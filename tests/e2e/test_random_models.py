@@ -85,11 +85,6 @@ def test_a_conversation_goes_on_from_the_cache(served: Served) -> None:
     assert (cached > 0) == bool(served.setup.cache)
 
 
-@pytest.mark.xfail(
-    engine().name == "sglang",
-    reason="the scores SGLang gives a prompt longer than a chunk are off by several, stock's too; cause not found yet",
-    strict=False,
-)
 def test_generated_tokens_score_the_same_as_one_prefill(served: Served) -> None:
     """Engine against itself: log-probabilities while generating, then of the same tokens as one uncached prompt."""
     prompt = random_prompt(11, 80)
