@@ -10,10 +10,20 @@ from qwen3next_plugin.rope import shared_cos_sin
 
 from .names import get_model, get_spec
 
+# On a CPU SGLang pads these to what its own kernels and several ranks like, and keeps the checkpoint's beside them.
+_PADDED_ON_CPU = {
+    "num_attention_heads": "original_num_attention_heads",
+    "num_key_value_heads": "original_total_num_kv_heads",
+    "moe_intermediate_size": "original_moe_intermediate_size",
+    "intermediate_size": "original_intermediate_size",
+    "shared_expert_intermediate_size": "original_shared_expert_intermediate_size",
+}
+
 
 def spec_of(config: PretrainedConfig) -> Qwen3NextSpec:
-    """The checked spec of the model (or of the drafter, which shares its config), overrides applied."""
-    return parse_config(config)
+    """The checked spec of the model (or of the drafter, which shares its config), overrides applied, sizes unpadded."""
+    values = config.to_dict()
+    return parse_config(values | {name: values[kept] for name, kept in _PADDED_ON_CPU.items() if kept in values})
 
 
 def cos_sin_table(spec: Qwen3NextSpec) -> torch.Tensor:

@@ -11,7 +11,11 @@ from .settings import NAMES, Settings
 CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE"
 HOST = "127.0.0.1"
 
-_SGLANG_ON_CPU = ("--device", "cpu", "--attention-backend", "torch_native", "--mem-fraction-static", "0.3")
+# Left alone, SGLang's scheduler keeps a core busy even when nobody asks anything.
+_SGLANG_ON_CPU = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--mem-fraction-static", "0.3"),
+    "--sleep-on-idle",
+)
 # Left alone, SGLang makes room for tens of thousands of states of the demo model, which takes seconds and GiB.
 _SGLANG_DEMO_ON_CPU = ("--max-total-tokens", "8192", "--max-mamba-cache-size", "64", "--max-running-requests", "8")
 

@@ -180,5 +180,5 @@ class Engine(ABC):
         """Flags that put `changes` over the checkpoint's config.json."""
 
     @abstractmethod
-    def two_ranks(self) -> list[str]:
-        """Flags that split the model over two processes."""
+    def two_ranks(self) -> tuple[list[str], dict[str, str]]:
+        """Flags and variables that split the model over two processes."""

@@ -162,8 +162,8 @@ class VllmEngine(Engine):
     def override(self, changes: dict[str, Any]) -> list[str]:
         return ["--hf-overrides", json.dumps(changes)]
 
-    def two_ranks(self) -> list[str]:
-        return ["--tensor-parallel-size", "2"]
+    def two_ranks(self) -> tuple[list[str], dict[str, str]]:
+        return ["--tensor-parallel-size", "2"], {}
 
 
 def _cached_tokens(answer: Any) -> int:

@@ -96,8 +96,11 @@ def test_more_than_half_of_the_drafts_are_kept(served: Served) -> None:
     for story in STORIES[:4]:
         converse(served, story)
     drafted, accepted = served.server.acceptance()
-    assert drafted > 100
-    assert accepted / drafted > 0.5
+    if served.setup.num_drafts:
+        assert drafted > 100
+        assert accepted / drafted > 0.5
+    else:
+        assert drafted == 0
 
 
 def test_nothing_died(served: Served) -> None:

@@ -66,11 +66,6 @@ def test_an_answer_ends_with_the_context(served: Served) -> None:
     server.assert_alive()
 
 
-@pytest.mark.xfail(
-    engine().name == "sglang",
-    reason="without drafts nothing is retracted yet: the pool is not tight enough",
-    strict=False,
-)
 def test_conversations_that_are_thrown_out_come_back_rightly(served: Served) -> None:
     server, checkpoint = served.server, served.checkpoint
     golden = golden_prompts(checkpoint, (120, 115, 110, 100, 90, 80, 70, 60), 70)

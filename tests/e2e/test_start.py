@@ -35,15 +35,11 @@ def test_the_literal_name_is_found_in_the_hub_cache(random_checkpoint: Callable[
         assert complete(server, golden.prompt, 20).tokens == list(golden.answer)
 
 
-@pytest.mark.xfail(
-    engine().name == "sglang",
-    reason="on one NUMA node SGLang wants SGLANG_CPU_OMP_THREADS_BIND for ranks",
-    strict=False,
-)
 def test_two_ranks_answer_as_one(random_checkpoint: Callable[[str], Path]) -> None:
     """Tensor parallelism over two processes, with drafts and the prefix cache."""
     checkpoint = random_checkpoint("ratio2")
-    with Server(checkpoint, *flags(2, cache=True), *engine().two_ranks(), name="two-ranks") as server:
+    more, environment = engine().two_ranks()
+    with Server(checkpoint, *flags(2, cache=True), *more, env=environment, name="two-ranks") as server:
         assert len(server.activation_lines()) == 2
         golden = golden_prompts(checkpoint, (100, 70, 33, 5), 40)
         for _ in range(2):

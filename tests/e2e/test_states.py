@@ -66,9 +66,6 @@ def test_cached_states_are_the_oracles(random_checkpoint: Callable[[str], Path],
     assert_cached_states(result, checkpoint, at_least=4)
 
 
-@pytest.mark.xfail(
-    engine().name == "sglang", reason="the pool is not tight enough yet for SGLang to retract a request", strict=False
-)
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_preempted_requests_resume_rightly(random_checkpoint: Callable[[str], Path], num_drafts: int) -> None:
     """A cache that cannot hold four conversations: some are thrown out and computed again."""

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
 from sglang.srt.server_args import ServerArgs
 
+from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.errors import ConfigError, WeightError
 from qwen3next_plugin.sglang_integration.config import full_attention_interval
+from qwen3next_plugin.sglang_integration.spec import spec_of
 from tests.broken_configs import BROKEN
 from tests.configs import new_form, old_form
 
@@ -46,6 +50,16 @@ def test_an_interval_alone_is_enough(tmp_path: Path) -> None:
     assert hybrid_gdn_config(found) is found.hf_config
     fewer = ModelConfig(str(tmp_path), model_override_args='{"num_hidden_layers": 2, "full_attention_interval": 2}')
     assert fewer.hf_config.linear_layer_ids == [0]
+
+
+@pytest.mark.parametrize("form", [old_form, new_form])
+def test_what_sglang_pads_for_several_ranks_on_a_cpu_is_as_in_the_checkpoint(tmp_path: Path, form: Any) -> None:
+    config = form(moe_intermediate_size=48, shared_expert_intermediate_size=16)
+    found = model_config(tmp_path, config)
+    padded = adjust_config_with_unaligned_cpu_tp(found, LoadConfig(), 4).hf_config
+    assert padded.moe_intermediate_size == padded.shared_expert_intermediate_size == 128
+    assert padded.num_key_value_heads == 4 != config["num_key_value_heads"]
+    assert spec_of(padded) == parse_config(config)
 
 
 def test_the_published_config_says_nothing_of_its_mtp_layer(tmp_path: Path) -> None:
