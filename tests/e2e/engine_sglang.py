@@ -28,7 +28,10 @@ _SMALL_POOL = ["--schedule-conservativeness", "0.2"]
 
 
 class SglangEngine(Engine):
-    """Chunks of 128 tokens (more for long contexts; a state is kept every 64), 4096 tokens and 80 states in the pools, 8 requests at once."""
+    """Chunks of 128 tokens (a state is kept every 64), 4096 tokens and 80 states in the pools, 8 requests at once.
+
+    Contexts beyond that get a larger pool and chunks of 1024: a chunk costs a CPU much the same whatever its length.
+    """
 
     name = "sglang"
     caches = ("extra_buffer", "extra_buffer_lazy", "no_buffer")
