@@ -4,6 +4,8 @@ Rows are token ranges ``[query_start[n], query_end[n])`` of a flat batch, disjoi
 with a negative slot are skipped: nothing of theirs is read or written. Tokens in no range keep what ``out`` held.
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ..checks import check_optional
@@ -16,6 +18,15 @@ __all__ = ["causal_conv1d_prefill", "causal_conv1d_update", "causal_conv1d_verif
 declare("causal_conv1d_prefill")
 declare("causal_conv1d_update")
 declare("causal_conv1d_verify")
+
+
+def _implementation(chosen: str) -> ModuleType:
+    """The module of the backend that was chosen; Triton is not imported where the reference runs."""
+    if chosen == TRITON:
+        from . import triton
+
+        return triton
+    return reference
 
 
 def causal_conv1d_prefill(
@@ -64,13 +75,9 @@ def causal_conv1d_prefill(
     chosen = choose(x, backend)
     if rows == 0 or x.numel() == 0:
         return
-    if chosen == TRITON:
-        from . import triton
-
-        run = triton.causal_conv1d_prefill
-    else:
-        run = reference.causal_conv1d_prefill
-    run(x, weight, bias, conv_state, query_start, query_end, state_slots, has_initial_state, out, activation, snapshot)
+    _implementation(chosen).causal_conv1d_prefill(
+        x, weight, bias, conv_state, query_start, query_end, state_slots, has_initial_state, out, activation, snapshot
+    )
 
 
 def causal_conv1d_update(
@@ -115,13 +122,7 @@ def causal_conv1d_update(
     chosen = choose(x, backend)
     if rows == 0 or x.numel() == 0 or max_query_len == 0:
         return
-    if chosen == TRITON:
-        from . import triton
-
-        run = triton.causal_conv1d_update
-    else:
-        run = reference.causal_conv1d_update
-    run(
+    _implementation(chosen).causal_conv1d_update(
         x,
         weight,
         bias,
@@ -174,13 +175,7 @@ def causal_conv1d_verify(
     chosen = choose(x, backend)
     if rows == 0 or x.numel() == 0 or max_query_len == 0:
         return
-    if chosen == TRITON:
-        from . import triton
-
-        run = triton.causal_conv1d_update
-    else:
-        run = reference.causal_conv1d_update
-    run(
+    _implementation(chosen).causal_conv1d_update(
         x,
         weight,
         bias,
