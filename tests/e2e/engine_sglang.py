@@ -55,9 +55,9 @@ class SglangEngine(Engine):
         *(Setup("demo", 0, "extra_buffer_lazy"), Setup("demo", 2, "extra_buffer", quick=True)),
         Setup("demo", 3, "no_buffer"),
     )
-    limit_setups = (Setup("ratio2", 0, "extra_buffer"), Setup("ratio2", 2, "no_buffer"))
+    limit_setups = (Setup("ratio2", 0, "extra_buffer"), Setup("ratio2", 2, "no_buffer", quick=True))
     state_setups = (
-        *(Setup("ratio2", 0, "no_buffer"), Setup("ratio4", 0, "extra_buffer_lazy")),
+        *(Setup("ratio2", 0, "no_buffer"), Setup("ratio4", 0, "extra_buffer_lazy", quick=True)),
         *(Setup("ratio1", 1, "extra_buffer", quick=True), Setup("ratio2", 3, "extra_buffer")),
     )
 

@@ -68,7 +68,8 @@ CASES = {kind: Case((BROKEN[kind].field, BROKEN[kind].remedy), break_config(kind
         environment=lambda folder: other_source(folder, *engine().drift),
     ),
 }
-QUICK = {"missing", "truncated checkpoint", "drifted dependency", "error while registering", "another plugin's hook"}
+QUICK = {"missing", "truncated checkpoint", "unsupported version", "drifted dependency"}
+QUICK |= {"error while registering", "another plugin's hook"}
 
 if engine().name == "sglang":  # vLLM ends by itself when a plugin raises
     CASES["error while registering"] = Case(
