@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 from typing import Any
 
+from qwen3next_plugin.imports import when_imported
 from qwen3next_plugin.recording import Recorder, recorder, records_experts
 
 
 def offer() -> None:
     """Makes the synthetic load format known, and writes down steps where ``QWEN3NEXT_RECORD`` asks for it."""
-    from .synthetic import register_synthetic_loader
-
-    register_synthetic_loader()
+    _offer_synthetic_weights()
     record = recorder()
     if record is not None:
         _watch_scheduler(record)
         _watch_workers(record)
+
+
+@functools.cache
+def _offer_synthetic_weights() -> None:
+    """vLLM keeps load formats in a module that only processes with a model import, and that takes a second."""
+    when_imported("vllm.model_executor.model_loader", _register_synthetic_loader)
+
+
+def _register_synthetic_loader() -> None:
+    import_module(f"{__package__}.synthetic")
 
 
 def _watch_scheduler(record: Recorder) -> None:

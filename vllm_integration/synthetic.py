@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.errors import WeightError
-from qwen3next_plugin.synthetic import synthetic_tensors
 from qwen3next_plugin.synthetic_names import LOAD_FORMAT
 
 logger = init_logger(f"vllm.{__name__}")
 
 
+@register_model_loader(LOAD_FORMAT)
 class SyntheticModelLoader(BaseModelLoader):
     """Hands a model's own `load_weights` a checkpoint that exists nowhere else.
 
@@ -32,6 +32,9 @@ class SyntheticModelLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Raises WeightError where the model says that some of its parameters were not loaded."""
+        # Here, because this module is imported wherever vLLM's loaders are.
+        from qwen3next_plugin.synthetic import synthetic_tensors
+
         if not (Path(model_config.model) / "config.json").is_file():
             raise WeightError(
                 f"--load-format {LOAD_FORMAT} makes weights for a config.json, and {model_config.model} holds none: "
@@ -51,9 +54,3 @@ class SyntheticModelLoader(BaseModelLoader):
         if missing and model_config.quantization is None:  # quantised layers add parameters that no checkpoint has
             raise WeightError(f"{min(missing)} was left without weights by {type(model).__name__}.load_weights.")
         logger.info("Synthetic weights (seed %d) made and loaded in %.1f s", seed, time.perf_counter() - start)
-
-
-def register_synthetic_loader() -> None:
-    """Makes the load format known. Safe to repeat; changes nothing for any other load format."""
-    if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not SyntheticModelLoader:
-        register_model_loader(LOAD_FORMAT)(SyntheticModelLoader)

@@ -1,7 +1,15 @@
 """What `qwen3next bench` hangs into vLLM."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3next_plugin.config import load_spec
+from qwen3next_plugin.demo.random import tensor_shapes, write_random_checkpoint
 
 ON_A_GPU = """
 import sys
@@ -20,3 +28,51 @@ def test_a_gpu_server_never_imports_the_cpu_worker() -> None:
     """Its module puts placeholders over torch.cuda.Event and torch.cuda.Stream (seen to end a server on an H200)."""
     done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-3:] == ["Worker", "False", "True"]
+
+
+PLUGINS_LOADED = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+heavy = {
+    "vllm.model_executor.model_loader",
+    "qwen3next_plugin.synthetic",
+    "qwen3next_plugin.demo.random",
+    "qwen3next_plugin.vllm_integration.synthetic",
+}
+imported = sorted(heavy & set(sys.modules))
+
+from vllm.config import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+
+class Model(torch.nn.Linear):
+    def load_weights(self, weights):
+        self.loaded = {name: list(tensor.shape) for name, tensor in weights}
+
+model = Model(1, 1)
+loader = get_model_loader(LoadConfig(load_format="qwen3next-synthetic"))
+loader.load_weights(model, SimpleNamespace(model=sys.argv[1], quantization=None))
+print(json.dumps({"imported": imported, "loaded": model.loaded}))
+"""
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_plugins_import_no_loader_and_the_synthetic_format_loads(switch: str, tmp_path: Path) -> None:
+    """vLLM loads plugins in its API server too, which has no use for weights."""
+    checkpoint = write_random_checkpoint(tmp_path / "tiny", "tiny", weights=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGINS_LOADED, str(checkpoint)],
+        env=os.environ | {"QWEN3NEXT_PLUGIN": switch, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["imported"] == []
+    expected = {
+        name: list(shape) for name, shape in tensor_shapes(load_spec(checkpoint)) if not name.startswith("mtp.")
+    }
+    assert found["loaded"] == expected
