@@ -28,8 +28,15 @@ PROOF = os.environ.get("PROOF", "0") not in ("", "0")
 settings.load_profile("proof" if PROOF else "ci" if os.environ.get("CI") else "quick")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
+def _has_long_form(item: pytest.Item) -> bool:
+    return "proof" in getattr(item, "fixturenames", ()) or hasattr(getattr(item, "obj", None), "hypothesis")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none; leave out what a proof would run as always."""
+    if PROOF:
+        config.hook.pytest_deselected(items=[item for item in items if not _has_long_form(item)])
+        items[:] = [item for item in items if _has_long_form(item)]
     if HAS_CUDA:
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
