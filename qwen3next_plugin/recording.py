@@ -12,6 +12,7 @@
 A file ``profile-request.json`` put there (requests, steps, trace) makes the process that steps profile its GPU work.
 """
 
+import functools
 import json
 import os
 import time
@@ -124,7 +125,7 @@ class _Profiling:
         return True
 
 
-_recorders: dict[Path, Recorder] = {}
+_recorder_below = functools.cache(Recorder)  # one a directory
 
 
 def recorder(environment: Mapping[str, str] | None = None) -> Recorder | None:
@@ -132,7 +133,7 @@ def recorder(environment: Mapping[str, str] | None = None) -> Recorder | None:
     directory = (os.environ if environment is None else environment).get("QWEN3NEXT_RECORD")
     if not directory:
         return None
-    return _recorders.setdefault(Path(directory), Recorder(Path(directory)))
+    return _recorder_below(Path(directory))
 
 
 def records_experts(environment: Mapping[str, str] | None = None) -> bool:

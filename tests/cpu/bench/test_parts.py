@@ -19,7 +19,7 @@ from qwen3next_plugin.bench.session import _without_folders
 from qwen3next_plugin.bench.steps import Step, decode_times, expert_counts, read_steps
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.shapes import config_of
-from qwen3next_plugin.recording import Recorder
+from qwen3next_plugin.recording import Recorder, recorder
 
 MS = 1_000_000
 
@@ -62,13 +62,23 @@ def test_only_steps_with_exactly_the_batch_count() -> None:
 
 
 def test_recorded_steps_are_read_back(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "record")
-    recorder.step(3, 1024, 1022)
-    recorder.step(3, 3, 1)
+    record = Recorder(tmp_path / "record")
+    record.step(3, 1024, 1022)
+    record.step(3, 3, 1)
     steps = read_steps(tmp_path / "record")
     assert [(s.requests, s.tokens, s.most) for s in steps] == [(3, 1024, 1022), (3, 3, 1)]
     assert steps[0].time < steps[1].time
     assert read_steps(tmp_path / "record", begin=steps[1].time) == steps[1:]
+
+
+def test_a_process_has_one_recorder_a_directory(tmp_path: Path) -> None:
+    directory = tmp_path / "below" / "record"
+    assert recorder({}) is None and not directory.parent.exists()
+    first = recorder({"QWEN3NEXT_RECORD": str(directory)})
+    assert first is not None and directory.is_dir()
+    directory.rmdir()
+    assert recorder({"QWEN3NEXT_RECORD": str(directory)}) is first
+    assert not directory.exists(), "another was made"
 
 
 class _Routed(nn.Module):
@@ -91,8 +101,8 @@ class _Gate(nn.Module):
 
 def test_distinct_experts_are_counted_layer_by_layer(tmp_path: Path) -> None:
     model = _Routed()
-    recorder = Recorder(tmp_path)
-    recorder.watch_routers(model, top_k=2)
+    record = Recorder(tmp_path)
+    record.watch_routers(model, top_k=2)
     alike = torch.tensor([[9.0, 8.0, 0.0, 0.0, 0.0]] * 3)
     apart = torch.tensor([[9.0, 8.0, 0, 0, 0], [0, 9.0, 8.0, 0, 0], [0, 0, 0, 9.0, 8.0]])
     for logits in (alike, apart):
