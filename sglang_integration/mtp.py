@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import nn
-from transformers import PretrainedConfig
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec
 from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 
+from .causal_lm import CausalLM
 from .decoder import decoder_layer
-from .loading import load_weights
-from .model import SharedEmbeddingAndHead
 from .moe import parallel_layers
 from .spec import cos_sin_table
 
@@ -60,29 +55,8 @@ class Qwen3NextPredictor(nn.Module):
         return hidden_states
 
 
-class Qwen3NextForCausalLMMTP(SharedEmbeddingAndHead):
+class Qwen3NextForCausalLMMTP(CausalLM):
     """The drafter architecture that SGLang derives for this model."""
 
-    def __init__(
-        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
-    ) -> None:
-        super().__init__(config, quant_config)
-        spec = self.spec
-        self.model = Qwen3NextPredictor(spec, quant_config, prefix=f"{prefix}.mtp" if prefix else "mtp")
-        self.lm_head = ParallelLMHead(spec.vocab_size, spec.hidden_size, prefix="lm_head")
-        self.logits_processor = LogitsProcessor(config)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        forward_batch: ForwardBatch,
-        input_embeds: torch.Tensor | None = None,
-        **kwargs: object,
-    ) -> LogitsProcessorOutput:
-        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
-        return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return load_weights(self, weights, self.spec, "mtp")
+    scope = "mtp"
+    body = Qwen3NextPredictor
