@@ -1,8 +1,12 @@
 """Requests for a rope that cannot be right, for the 80B model: what the refusal names and the dict it has to print."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from qwen3next_plugin.errors import ConfigError
 from qwen3next_plugin.rope_request import RopeShortcut
 
 TRAINED = 262144
@@ -65,3 +69,12 @@ def printed_dict(message: str) -> dict[str, Any]:
     assert list(right) == ["rope_parameters"]
     parameters: dict[str, Any] = right["rope_parameters"]
     return parameters
+
+
+def assert_refused(ask: Callable[[], object], parts: tuple[str, ...]) -> None:
+    """Fails unless `ask` is refused with one sentence that names every part."""
+    with pytest.raises(ConfigError) as caught:
+        ask()
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert message.endswith(".") and "\n" not in message
