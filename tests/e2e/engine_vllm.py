@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import openai
+import torch
 
 from .engine import TOP_LOGPROBS, Chat, Completion, Engine, RefusedError, Setup
 from .server import Server
@@ -62,7 +63,8 @@ class VllmEngine(Engine):
         if setup.num_drafts:
             drafting = {"method": "mtp", "num_speculative_tokens": setup.num_drafts}
             chosen += ["--speculative-config", json.dumps(drafting)]
-        return chosen + ["--enforce-eager"] * setup.eager
+        # On a GPU graphs and torch.compile are part of what has to be right.
+        return chosen + ["--enforce-eager"] * (setup.eager and not torch.cuda.is_available())
 
     def variables(self) -> dict[str, str]:
         return {
