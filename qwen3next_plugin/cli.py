@@ -12,6 +12,7 @@ from .demo.command import demo_checkpoint
 from .doctor.command import doctor
 from .errors import ConfigError, PluginError, WeightError
 from .settings import settings_help
+from .tune.command import tune_app
 
 FOUND_WRONG = 1  # `check` did its work and the checkpoint is not fit to serve
 FAILED = 2  # the command could not do its work
@@ -54,6 +55,7 @@ def _options(
 app.command("demo-checkpoint")(demo_checkpoint)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
+app.add_typer(tune_app, name="tune")
 
 
 @app.command()

@@ -48,6 +48,16 @@ class Settings:
             "tokens a million. Default: as config.json and the engine's overrides say.",
         },
     )
+    moe_configs: Path | None = field(
+        default=None,
+        metadata={
+            "variable": "QWEN3NEXT_MOE_CONFIGS",
+            "values": ("DIR",),
+            "parse": Path,
+            "help": "The folder that `qwen3next tune moe` wrote to: its tile sizes come before the shipped ones. "
+            "Default: the shipped ones.",
+        },
+    )
     record: Path | None = field(
         default=None,
         metadata={
@@ -72,6 +82,17 @@ class Settings:
     def backend(self) -> str | None:
         """``kernels`` as the operations' ``backend`` argument: None for automatic."""
         return None if self.kernels == "auto" else self.kernels
+
+    def tell_kernels(self) -> None:
+        """Makes the kernels of this process follow ``kernels`` and ``moe_configs``; SettingsError if they cannot."""
+        from .kernels.dispatch import prefer  # here, for the command line must not wait for torch
+        from .kernels.moe.config import use_folder
+
+        prefer(self.backend)
+        try:
+            use_folder(self.moe_configs)
+        except ValueError as error:
+            raise SettingsError(f"QWEN3NEXT_MOE_CONFIGS: {error}.") from None
 
     def check_device(self, device_type: str) -> None:
         """Raise SettingsError if ``kernels`` cannot run on this device type ("cuda" or "cpu")."""
@@ -111,6 +132,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         enabled=bool(values.get("enabled", True)),
         kernels=cast(Kernels, values.get("kernels", "auto")),
         rope=cast(RopeShortcut | None, values.get("rope")),
+        moe_configs=cast(Path | None, values.get("moe_configs")),
         record=cast(Path | None, values.get("record")),
         record_experts=bool(values.get("record_experts", False)),
     )

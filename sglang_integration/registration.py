@@ -17,7 +17,6 @@ import torch
 
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
 from qwen3next_plugin.errors import PluginError, RegistrationError
-from qwen3next_plugin.kernels.dispatch import prefer
 from qwen3next_plugin.refusal import end_with
 from qwen3next_plugin.settings import Settings
 
@@ -105,7 +104,7 @@ def activate(settings: Settings) -> None:
     check_engine("sglang", sglang.__version__)
     check_reliances(RELIANCES)
     settings.check_device("cuda" if torch.cuda.is_available() else "cpu")
-    prefer(settings.backend)
+    settings.tell_kernels()
     _register_classes()
     _register_hooks()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import vllm
 
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
-from qwen3next_plugin.kernels.dispatch import prefer
 from qwen3next_plugin.settings import Settings
 
 PACKAGE = __package__
@@ -54,7 +53,7 @@ def activate(settings: Settings) -> None:
     from .rope import RopeCompletingConvertor
 
     settings.check_device(current_platform.device_type)
-    prefer(settings.backend)
+    settings.tell_kernels()
 
     # By name, so that vLLM inspects the classes in a subprocess and this one stays free of CUDA.
     ModelRegistry.register_model("Qwen3NextForCausalLM", f"{PACKAGE}.model:Qwen3NextForCausalLM")

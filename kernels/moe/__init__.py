@@ -6,9 +6,10 @@ from .. import dispatch
 from ..gemm.policy import activation_text, quantizes_activations
 from . import reference
 from .check import check_fused_moe, check_route, check_shared
+from .config import config_text
 
 dispatch.declare("route")
-dispatch.declare("fused_moe", cuda=lambda: f"triton ({activation_text()})")
+dispatch.declare("fused_moe", cuda=lambda: f"triton ({activation_text()}; {config_text()})")
 dispatch.declare("add_shared_expert")
 
 

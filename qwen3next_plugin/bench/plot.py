@@ -9,9 +9,8 @@ from qwen3next_plugin.errors import SettingsError
 _SERIES = (("stock_vllm", "stock vLLM"), ("stock_sglang", "stock SGLang"), ("plugin", "plugin"), ("floor", "floor"))
 
 
-def plot_result(path: Path, out: Path | None = None) -> Path:
-    """One bar chart a kind of row beside the result file (or at ``out``), as PNG. Raises SettingsError without
-    matplotlib."""
+def pyplot_for_files() -> Any:
+    """matplotlib's pyplot, drawing without a display. Raises SettingsError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -19,6 +18,13 @@ def plot_result(path: Path, out: Path | None = None) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_result(path: Path, out: Path | None = None) -> Path:
+    """One bar chart a kind of row beside the result file (or at ``out``), as PNG. Raises SettingsError without
+    matplotlib."""
+    pyplot = pyplot_for_files()
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
     figure, axes = pyplot.subplots(1, len(kinds), figsize=(2 + 4 * len(kinds), 4), squeeze=False)
@@ -38,14 +44,19 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _bars(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
-    shown = [(key, label) for key, label in _SERIES if any(row[key] is not None for row in rows)]
-    width = 0.8 / max(len(shown), 1)
-    for n, (key, label) in enumerate(shown):
-        places = [i + (n - (len(shown) - 1) / 2) * width for i in range(len(rows))]
-        axis.bar(places, [row[key] or 0.0 for row in rows], width, label=label)
-    axis.set_xticks(range(len(rows)), [str(row["case"]).removeprefix(f"{kind}-") for row in rows], rotation=30)
+    shown = {label: [row[key] for row in rows] for key, label in _SERIES if any(row[key] is not None for row in rows)}
+    grouped_bars(axis, [str(row["case"]).removeprefix(f"{kind}-") for row in rows], shown)
     axis.set_title(kind)
     axis.set_ylabel(rows[0]["unit"])
     if max(row["plugin"] or 0 for row in rows) > 20 * min((row["plugin"] or 1e9) for row in rows):
         axis.set_yscale("log")
+
+
+def grouped_bars(axis: Any, ticks: list[str], series: dict[str, list[float | None]]) -> None:
+    """A group of bars a tick, one bar a series; missing values are gaps."""
+    width = 0.8 / max(len(series), 1)
+    for n, (label, values) in enumerate(series.items()):
+        places = [i + (n - (len(series) - 1) / 2) * width for i in range(len(ticks))]
+        axis.bar(places, [value or 0.0 for value in values], width, label=label)
+    axis.set_xticks(range(len(ticks)), ticks, rotation=30)
     axis.legend(fontsize="small")

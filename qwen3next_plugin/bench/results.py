@@ -170,12 +170,6 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
-def gpu_slug(gpu: str) -> str:
-    """``NVIDIA H200`` -> ``h200``, ``CPU x86_64`` -> ``cpu``."""
-    words = [w for w in re.split(r"[^a-z0-9]+", gpu.lower()) if w not in ("", "nvidia", "geforce", "tesla")]
-    return "cpu" if words[:1] == ["cpu"] else "-".join(words[:2] if words[0] == "rtx" else words[:1])
-
-
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes a result file: one line a row would be hard to read, so lists of numbers alone are kept on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from qwen3next_plugin.activation import plugin_version
+from qwen3next_plugin.kernels.gpus import gpu_slug
 from qwen3next_plugin.serve.processes import stop_on_termination
 
 from .engines import EngineSetup
 from .profile import profile_table
-from .results import assemble, gpu_slug, write_result
+from .results import assemble, write_result
 from .rows import Visit
 from .run import Bench
 from .state import State, left_to_do

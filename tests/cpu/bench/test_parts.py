@@ -12,13 +12,13 @@ from qwen3next_plugin.bench.engines import EngineSetup, Limits, command_of, envi
 from qwen3next_plugin.bench.floors import expected_experts, floor_of
 from qwen3next_plugin.bench.measure import quantile
 from qwen3next_plugin.bench.prompts import prompt_of
-from qwen3next_plugin.bench.results import gpu_slug
 from qwen3next_plugin.bench.rows import ALL_ROWS, Row, Side, parse_rows, plan_visits
 from qwen3next_plugin.bench.server import free_port
 from qwen3next_plugin.bench.session import _without_folders
 from qwen3next_plugin.bench.steps import Step, decode_times, expert_counts, read_steps
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.shapes import config_of
+from qwen3next_plugin.kernels.gpus import gpu_slug
 from qwen3next_plugin.recording import Recorder, recorder
 
 MS = 1_000_000

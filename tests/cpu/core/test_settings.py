@@ -1,10 +1,13 @@
 """Switches from the environment."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.moe import config
 from qwen3next_plugin.rope_request import RopeShortcut
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
 
@@ -74,7 +77,20 @@ def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
         dispatch.prefer(None)
 
 
+def test_the_kernels_are_told_once_for_all(tmp_path: Path) -> None:
+    wanted = read_settings({"QWEN3NEXT_KERNELS": "reference", "QWEN3NEXT_MOE_CONFIGS": str(tmp_path)})
+    try:
+        wanted.tell_kernels()
+        assert set(dispatch.describe("cuda").values()) == {"reference"}
+        assert config._folders() == (tmp_path, config.CONFIGS)
+        with pytest.raises(SettingsError, match="QWEN3NEXT_MOE_CONFIGS: .*nowhere is not a folder: give the one that"):
+            Settings(moe_configs=tmp_path / "nowhere").tell_kernels()
+    finally:
+        Settings().tell_kernels()
+    assert config._folders() == (config.CONFIGS,)
+
+
 def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
-    names = [f"QWEN3NEXT_{name}" for name in ("PLUGIN", "KERNELS", "ROPE", "RECORD", "RECORD_EXPERTS")]
+    names = [f"QWEN3NEXT_{name}" for name in ("PLUGIN", "KERNELS", "ROPE", "MOE_CONFIGS", "RECORD", "RECORD_EXPERTS")]
     assert [line.split("=")[0] for line in lines] == names
