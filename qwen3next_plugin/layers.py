@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import LayerKind, Qwen3NextSpec
-from .kernels.norm import rms_norm_gated
+from .kernels.gdn.step import GdnParameters
 from .kernels.rope import qk_norm_rope, sigmoid_gate
 from .layers_base import ParallelLayers, WeightHolder, ZeroCentredRMSNorm, frozen_parameter
 from .layers_moe import GatedMLP, SparseMoE
@@ -20,7 +20,7 @@ from .weights import shard_fused
 
 
 class GdnParts(nn.Module):
-    """A Gated DeltaNet layer without its recurrent core; sizes are those of one rank.
+    """A Gated DeltaNet layer without its recurrent core (`kernels.gdn.step`); sizes are those of one rank.
 
     The checkpoint's interleaved projections are re-laid flat (q | k | v | z and b | a) at load.
     """
@@ -55,14 +55,24 @@ class GdnParts(nn.Module):
         """This rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]."""
         return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0]
 
-    def core_inputs(self, qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of the projections: mixed_qkv [T, conv_dim], a and b [T, HV]."""
-        return qkvz[:, : self.conv_dim], ba[:, self.num_v_heads :], ba[:, : self.num_v_heads]
+    def gates(self, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of that projection: a and b, each [T, HV]."""
+        return ba[:, self.num_v_heads :], ba[:, : self.num_v_heads]
 
-    def finish(self, core: torch.Tensor, qkvz: torch.Tensor) -> torch.Tensor:
-        """core [T, HV, V] normed, gated by z and projected -> [T, hidden_size], summed over the ranks."""
-        z = qkvz[:, self.conv_dim :].unflatten(-1, (self.num_v_heads, self.head_v_dim))
-        return self.out_proj(rms_norm_gated(core, z, self.norm.weight, self.eps).flatten(1))[0]
+    def core_parameters(self) -> GdnParameters:
+        """What the recurrent core takes besides the projections: the parameters as they are now."""
+        return GdnParameters(
+            conv_weight=self.conv1d.weight,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_weight=self.norm.weight,
+            norm_eps=self.eps,
+            num_k_heads=self.num_k_heads,
+        )
+
+    def finish(self, core: torch.Tensor) -> torch.Tensor:
+        """The recurrent core's output, [T, HV, V], projected -> [T, hidden_size], summed over the ranks."""
+        return self.out_proj(core.flatten(1))[0]
 
 
 class GatedAttentionParts(nn.Module):

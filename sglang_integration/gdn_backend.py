@@ -12,7 +12,7 @@ from sglang.srt.runtime_context import get_exec, mamba_cache_chunk_size
 
 from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID
-from qwen3next_plugin.kernels.gdn.step import DraftStates, GdnParameters, gdn_step
+from qwen3next_plugin.kernels.gdn.step import DraftStates, gdn_step
 
 from .checks import is_qwen3_next
 from .gdn_metadata import (
@@ -166,18 +166,18 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         return self._run(layer, mixed_qkv, a, b, kwargs.get("linear_attn_output"))
 
     def _run(
-        self, layer: Any, mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None
+        self, layer: Any, qkvz: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None
     ) -> torch.Tensor:
-        """Convolution and delta rule of this step's rows.
+        """Convolution, delta rule and gated norm of this step's rows.
 
-        layer: the RadixLinearAttention that carries this rank's weights; mixed_qkv [T, conv_dim], a column slice of the
-        projection if you like; a, b [T, num_v_heads]; out [1, T, num_v_heads, head_v_dim] to fill, or None. Returns
+        layer: the RadixLinearAttention of our layer; qkvz [T, conv_dim + num_v_heads * head_v_dim], what our layer
+        gives SGLang as mixed_qkv; a, b [T, num_v_heads]; out [1, T, num_v_heads, head_v_dim] to fill, or None. Returns
         out; zeros for tokens in no row, which are padding, but are projected and routed all the same.
         """
-        shape = (1, mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
-        out = mixed_qkv.new_zeros(shape) if out is None else out.zero_()
+        if out is None:
+            out = qkvz.new_empty(1, qkvz.shape[0], layer.num_v_heads, layer.head_v_dim)
         rows = self.forward_metadata
-        if rows.prefill is not None and mixed_qkv.is_cuda and torch.cuda.is_current_stream_capturing():
+        if rows.prefill is not None and qkvz.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RegistrationError(
                 "--cuda-graph-backend-prefill captures whole prefills, whose rows would be replayed as they were "
                 "captured; set it to 'breakable'."
@@ -189,10 +189,10 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
             states = DraftStates(cache.intermediate_conv_window[0], ssm.view(-1, *ssm.shape[2:]))
             drafts = (rows.drafts, states)
         gdn_step(
-            mixed_qkv,
+            qkvz,
             a,
             b,
-            GdnParameters(layer.conv_weights, layer.A_log, layer.dt_bias, layer.num_k_heads),
+            layer.core_parameters(),
             cache.conv[0],
             cache.temporal,
             out[0],

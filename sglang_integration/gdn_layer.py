@@ -16,7 +16,7 @@ class Qwen3NextGdnLayer(GdnParts):
 
     def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, layer_id: int, prefix: str) -> None:
         super().__init__(spec, layers, prefix)
-        # What SGLang's backends take a layer's sizes and recurrent weights from; the parameters are this layer's own.
+        # What SGLang's backends take a layer's sizes from, and ours its parameters.
         self.attn = RadixLinearAttention(
             layer_id=layer_id,
             num_q_heads=self.num_k_heads,
@@ -25,14 +25,13 @@ class Qwen3NextGdnLayer(GdnParts):
             head_q_dim=spec.gdn.head_k_dim,
             head_k_dim=spec.gdn.head_k_dim,
             head_v_dim=spec.gdn.head_v_dim,
-            conv_weights=self.conv1d.weight,
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
         )
+        self.attn.core_parameters = self.core_parameters
 
     def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
         qkvz, ba = self.project(hidden_states)
-        mixed_qkv, a, b = self.core_inputs(qkvz, ba)
-        core = self.attn(forward_batch, mixed_qkv=mixed_qkv, a=a, b=b)
-        return self.finish(core.view(-1, self.num_v_heads, self.head_v_dim), qkvz)
+        a, b = self.gates(ba)
+        # SGLang looks at the number of rows of mixed_qkv only, and cuts off padding there: so z goes with it.
+        core = self.attn(forward_batch, mixed_qkv=qkvz, a=a, b=b)
+        return self.finish(core.view(-1, self.num_v_heads, self.head_v_dim))

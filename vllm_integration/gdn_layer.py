@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.kernels.gdn.step import GdnParameters, gdn_step
+from qwen3next_plugin.kernels.gdn.step import gdn_step
 from qwen3next_plugin.layers import GdnParts
 from qwen3next_plugin.layers_base import ParallelLayers
 
@@ -79,26 +79,24 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
         qkvz, ba = self.project(hidden_states)
-        # Zeros, not empty: padding tokens belong to no row, and what they hold is normalised and projected below.
-        core = qkvz.new_zeros(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
+        core = qkvz.new_empty(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
         torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
-        return self.finish(core, qkvz)
+        return self.finish(core)
 
     def run_core(self, qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> None:
-        """Convolution and delta rule of this step's rows; qkvz and ba are this rank's flat projections."""
+        """Convolution, delta rule and gated norm of this step's rows; qkvz and ba are this rank's flat projections."""
         step_metadata = get_forward_context().attn_metadata
         metadata = step_metadata.get(self.prefix) if isinstance(step_metadata, dict) else None
         if metadata is None:  # vLLM's memory profiling runs without a cache
+            out.zero_()
             return
         assert isinstance(metadata, Qwen3NextGdnMetadata)
         # The base class leaves one tensor a state here once the cache is allocated.
         conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
-        mixed_qkv, a, b = self.core_inputs(qkvz, ba)
         gdn_step(
-            mixed_qkv,
-            a,
-            b,
-            GdnParameters(self.conv1d.weight, self.A_log, self.dt_bias, self.num_k_heads),
+            qkvz,
+            *self.gates(ba),
+            self.core_parameters(),
             conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2),
             ssm_state,
             out,

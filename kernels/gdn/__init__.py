@@ -8,6 +8,9 @@ Networks (arXiv 2412.06464, section 3); arithmetic and the running state are flo
 Rows are token ranges ``[query_start[n], query_end[n])`` of a flat batch, disjoint and in any order. Empty rows and rows
 with a negative slot are skipped: nothing of theirs is read or written. Tokens in no range keep what ``out`` held.
 No two rows of a call may share a slot that one of them writes.
+
+A step of which every row decodes takes :func:`gdn_decode_fused` instead, with the convolution before and the gated norm
+behind the delta rule in one launch.
 """
 
 from torch import Tensor
@@ -15,10 +18,11 @@ from torch import Tensor
 from ..checks import check_optional
 from ..dispatch import TRITON, choose, declare
 from . import reference
+from .fused import gdn_decode_fused
 from .reference import SNAPSHOT_GRID
 from .validation import check_decode_rows, check_prefill_rows, check_tokens, check_verify_rows
 
-__all__ = ["SNAPSHOT_GRID", "gdn_decode", "gdn_prefill", "gdn_verify"]
+__all__ = ["SNAPSHOT_GRID", "gdn_decode", "gdn_decode_fused", "gdn_prefill", "gdn_verify"]
 
 declare("gdn_prefill")
 declare("gdn_decode")

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..conv.reference import causal_conv1d_update
+from ..norm.reference import rms_norm_gated
+
 SNAPSHOT_GRID = 64
 """A prefill keeps snapshots after a multiple of this many tokens of a row (or after its last)."""
 
@@ -239,3 +242,33 @@ def gdn_recurrent(
             slots = snapshot_slots[rows].long()
             kept = (slots >= 0) & (lengths[rows] == j + 1)
             output_state[slots[kept]] = state[kept].to(output_state.dtype)
+
+
+def gdn_decode_fused(
+    mixed_qkv: Tensor,
+    z: Tensor,
+    gates: Gates,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    out: Tensor,
+    snapshot_slots: Tensor | None,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.gdn.gdn_decode_fused`; arguments are checked there."""
+    rows = (query_start, query_end)
+    wide = mixed_qkv.to(_compute_dtype(mixed_qkv))
+    convolved, core = torch.empty_like(wide), torch.empty(out.shape, dtype=wide.dtype, device=out.device)
+    causal_conv1d_update(
+        wide, conv_weight, None, conv_state, *rows, state_slots, None, 1, convolved, "silu", snapshot_slots
+    )
+    slots = (state_slots, state_slots.unsqueeze(1))
+    gdn_recurrent(convolved, gates, ssm_state, num_k_heads, *rows, 1, *slots, core, ssm_state, snapshot_slots)
+    tokens = query_start[(state_slots >= 0) & (query_end > query_start)].long()
+    out.zero_()
+    out[tokens] = rms_norm_gated(core[tokens], z[tokens], norm_weight, norm_eps).to(out.dtype)

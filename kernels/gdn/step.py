@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..conv import causal_conv1d_prefill, causal_conv1d_update, causal_conv1d_verify
-from . import gdn_decode, gdn_prefill, gdn_verify
+from ..norm import rms_norm_gated
+from . import gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class RecurrentRows:
     """Rows that decode one token or verify several draft tokens, each state going to a slot of its own.
 
     query_start, query_end, conv_slots, initial_slots: int32 [N]; output_slots: int32 [N, M], column j takes the state
-    after token j; num_accepted_tokens: int32 [N] or None, how many tokens of the previous step were kept (1 when None),
-    which is where the convolution's window starts; max_query_len: host bound on the lengths (at most M).
+    after token j; num_accepted_tokens: int32 [N], how many tokens of the previous step were kept, which is where the
+    convolution's window starts, or None for rows that decode one token: they have one slot each, in all three;
+    max_query_len: host bound on the lengths (at most M).
     snapshot_slots: int [N] or None, where both states are kept besides; of rows that decode only.
     """
 
@@ -81,16 +83,20 @@ class DraftStates:
 
 @dataclass(frozen=True)
 class GdnParameters:
-    """Constants of a layer (this rank's): conv_weight [conv_dim, W], A_log and dt_bias [num_v_heads] fp32."""
+    """Constants of a layer (this rank's): conv_weight [conv_dim, W], A_log and dt_bias [num_v_heads] fp32, norm_weight
+    [head_v_dim] and norm_eps of the gated norm.
+    """
 
     conv_weight: torch.Tensor
     A_log: torch.Tensor
     dt_bias: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_eps: float
     num_k_heads: int
 
 
 def gdn_step(
-    mixed_qkv: torch.Tensor,
+    qkvz: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     params: GdnParameters,
@@ -102,11 +108,38 @@ def gdn_step(
     recurrent: RecurrentRows | None = None,
     drafts: tuple[DraftRows, DraftStates] | None = None,
 ) -> None:
-    """Convolution and delta rule for every row of a step; states are updated in place, `out` is filled in place.
+    """Convolution, delta rule and gated norm of every row of a step; states are updated in place, `out` is filled.
 
-    mixed_qkv [T, conv_dim] (a column slice of the projection is fine), a and b [T, HV], conv_state [S, conv_dim, L],
-    ssm_state [S, HV, V, K], out [T, HV, V]. Tokens in no row keep what `out` held.
+    qkvz [T, conv_dim + HV * V] flat, a and b [T, HV], conv_state [S, conv_dim, L], ssm_state [S, HV, V, K], out
+    [T, HV, V] contiguous, in the dtype of qkvz. Tokens in no row get zeros (if their z is finite): they are padding,
+    but are projected and routed all the same.
     """
+    conv_dim = params.conv_weight.shape[0]
+    mixed_qkv, z = qkvz[:, :conv_dim], qkvz[:, conv_dim:].unflatten(-1, out.shape[1:])
+    decodes = recurrent is not None and recurrent.num_accepted_tokens is None
+    if decodes and prefill is None and drafts is None:
+        assert recurrent is not None
+        gdn_decode_fused(
+            mixed_qkv,
+            z,
+            a,
+            b,
+            params.conv_weight,
+            params.A_log,
+            params.dt_bias,
+            params.norm_weight,
+            conv_state,
+            ssm_state,
+            num_k_heads=params.num_k_heads,
+            norm_eps=params.norm_eps,
+            query_start=recurrent.query_start,
+            query_end=recurrent.query_end,
+            state_slots=recurrent.initial_slots,
+            out=out,
+            snapshot_slots=recurrent.snapshot_slots,
+        )
+        return
+    out.zero_()
     convolved = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     gates = (a, b, params.A_log, params.dt_bias)
     if prefill is not None:
@@ -204,3 +237,4 @@ def gdn_step(
             query_start=rows.query_start,
             query_end=rows.query_end,
         )
+    rms_norm_gated(out, z, params.norm_weight, params.norm_eps, out=out)

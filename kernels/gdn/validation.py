@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, INTS, check, check_dims, check_rows
+from ..conv.validation import check_conv
 
 MAX_HEAD_DIM = 256
 
@@ -43,6 +44,15 @@ def check_tokens(
     check("dt_bias", dt_bias, (v_heads,), FLOATS, mixed_qkv)
     check("ssm_state", ssm_state, (slots, v_heads, value_dim, key_dim), FLOATS, mixed_qkv)
     check("out", out, (tokens, v_heads, value_dim), FLOATS, mixed_qkv)
+
+
+def check_fused(
+    mixed_qkv: Tensor, z: Tensor, conv_weight: Tensor, norm_weight: Tensor, conv_state: Tensor, out: Tensor
+) -> None:
+    """Check what a decode step needs besides :func:`check_tokens`, where ``out [T, HV, V]`` is checked."""
+    check_conv(mixed_qkv, conv_weight, None, conv_state, mixed_qkv, "silu")
+    check("z", z, tuple(out.shape), FLOATS, mixed_qkv)
+    check("norm_weight", norm_weight, (out.shape[2],), FLOATS, mixed_qkv)
 
 
 def check_prefill_rows(

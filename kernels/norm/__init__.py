@@ -1,4 +1,4 @@
-"""RMS normalisation: zero-centred (with and without residual) and gated. Custom ops, safe inside compiled graphs."""
+"""RMS normalisation: zero-centred (with and without residual), custom ops safe inside compiled graphs; and gated."""
 
 import torch
 
@@ -65,24 +65,30 @@ def add_rms_norm(
     return triton.add_rms_norm(x, residual, weight, eps)
 
 
-def _rms_norm_gated_fake(
-    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-@dispatch.custom_op(fake=_rms_norm_gated_fake)
 def rms_norm_gated(
-    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None
-) -> torch.Tensor:
-    """y = weight * x / RMS(x) * silu(z) over the last dimension, float32 inside; the weight is plain.
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor,
+    backend: str | None = None,
+) -> None:
+    """out = weight * x / RMS(x) * silu(z) over the last dimension, float32 inside; the weight is plain.
 
-    x and z [..., V] of one dtype, any strides (z may be a column slice of a projection); weight [V]. Returns a
-    contiguous tensor of x's shape and dtype. Raises ValueError for shapes or dtypes that do not fit.
+    x and z [..., V] of one dtype, any strides (z may be a column slice of a projection); weight [V]; out contiguous, of
+    x's shape and dtype, and possibly x itself. No custom op: engines call it from within one of theirs. Raises
+    ValueError for shapes or dtypes that do not fit.
     """
     _check("rms_norm_gated", x, weight, z)
+    if out.shape != x.shape or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(
+            f"rms_norm_gated: out is {list(out.shape)} {out.dtype} with strides {out.stride()}; it must be contiguous "
+            f"{list(x.shape)} {x.dtype}"
+        )
     if dispatch.choose(x, backend) == dispatch.REFERENCE:
-        return reference.rms_norm_gated(x, z, weight, eps).contiguous()
+        out.copy_(reference.rms_norm_gated(x, z, weight, eps))
+        return
     from . import triton
 
-    return triton.rms_norm_gated(x, z, weight, eps)
+    triton.rms_norm_gated(x, z, weight, eps, out)

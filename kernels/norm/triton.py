@@ -53,6 +53,7 @@ def _rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)
     y = x * scale[:, None]
     if GATED:
+        tl.debug_barrier()  # y may be x: an element held by several threads is read by all before one writes
         y = y * weight[None, :] * (other * tl.sigmoid(other))
     else:
         y = y * (1.0 + weight[None, :])
@@ -71,9 +72,16 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
 
 
 def _launch(
-    x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, eps: float, *, add: bool, gated: bool
+    x: torch.Tensor,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    add: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """The norm of x and, with `add`, the sum that it is of; into `out` and gated by `other` where there is an `out`."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     total = torch.empty_like(y) if add else y
     if y.numel() == 0:
         return y, total
@@ -98,7 +106,7 @@ def _launch(
         other_stride_b,
         eps,
         ADD=add,
-        GATED=gated,
+        GATED=out is not None,
         ROWS=rows,
         BLOCK_H=block,
         num_warps=max(4, min(16, block // 512)),
@@ -108,16 +116,16 @@ def _launch(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `kernels.norm.rms_norm`; the arguments are taken as checked."""
-    return _launch(x, None, weight, eps, add=False, gated=False)[0]
+    return _launch(x, None, weight, eps)[0]
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_rms_norm`; the arguments are taken as checked."""
-    return _launch(x, residual, weight, eps, add=True, gated=False)
+    return _launch(x, residual, weight, eps, add=True)
 
 
-def rms_norm_gated(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_gated(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """See `kernels.norm.rms_norm_gated`; the arguments are taken as checked."""
-    return _launch(x, z, weight, eps, add=False, gated=True)[0]
+    _launch(x, z, weight, eps, out=out)

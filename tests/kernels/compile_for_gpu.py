@@ -1,8 +1,8 @@
-"""Compile the convolution's and the delta rule's kernels for an H200 (sm_90) on a machine without a GPU.
+"""Compile the convolution's and the delta rule's kernels for an H200 (sm_90) and an A100 (sm_80) without either.
 
 The interpreter runs kernels as Python and so misses what only the compiler refuses. Run as a script, without
 TRITON_INTERPRET: launches are caught, and what would have been launched is compiled with ptxas instead. One line a
-kernel goes to stdout.
+kernel and target goes to stdout.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from qwen3next_plugin.kernels import conv, gdn
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
+CAPABILITIES = (90, 80)
 
 
 class OnGpu(Tensor):
@@ -46,8 +47,10 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool
         )
         if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    kernel = triton.compile(ASTSource(self, signature, constants, attributes), GPUTarget("cuda", 90, 32), values)
-    print(f"{self.__name__} shared={kernel.metadata.shared} grid={grid}", flush=True)
+    source = ASTSource(self, signature, constants, attributes)
+    for capability in CAPABILITIES:
+        kernel = triton.compile(source, GPUTarget("cuda", capability, 32), values)
+        print(f"{self.__name__} sm_{capability} shared={kernel.metadata.shared} grid={grid}", flush=True)
 
 
 def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int) -> None:
@@ -82,6 +85,13 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     gdn.gdn_decode(*arguments, ssm_state, **shared, **rows, state_slots=slots[:, 0])
     one = rows | {"state_slots": slots[:, 0], "snapshot_slots": kept["snapshot_slots"]}
     gdn.gdn_decode(*arguments, ssm_state, **shared, **one)
+    qkvz = tensor(tokens, dim + v_heads * value_dim)
+    gated = {"num_k_heads": k_heads, "norm_eps": 1e-6, "out": shared["out"]}
+    whole = (qkvz[:, :dim], qkvz[:, dim:].unflatten(1, (v_heads, value_dim)), *arguments[1:3], weight, *per_head)
+    # vLLM's layout of the windows and a float32 state; SGLang's and a bfloat16 state, with snapshots.
+    norm_weight, own, narrow = tensor(value_dim), tensor(6, dim, 3), tensor(*ssm_state.shape)
+    gdn.gdn_decode_fused(*whole, norm_weight, conv_state, ssm_state, **gated, **rows, state_slots=slots[:, 0])
+    gdn.gdn_decode_fused(*whole, norm_weight, own, narrow, **gated, **one)
     verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
     gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
 

@@ -53,7 +53,7 @@ def launch_all(dtype: torch.dtype) -> None:
     norm.rms_norm(x, weight, 1e-6)
     norm.add_rms_norm(x, x, weight, 1e-6)
     heads = torch.zeros(8, 32 * 128 + 16, dtype=dtype)[:, 16:].view(8, 32, 128)
-    norm.rms_norm_gated(heads, heads, weight[:128], 1e-6)
+    norm.rms_norm_gated(heads, heads, weight[:128], 1e-6, heads.contiguous())
     qkv, positions = torch.zeros(8, 16 * 512 + 1024, dtype=dtype), torch.arange(8)
     sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
     rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)

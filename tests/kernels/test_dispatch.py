@@ -14,7 +14,6 @@ KERNELS = Path(kernels.__path__[0])
 COMPILED_OPS = {
     "rms_norm": norm,
     "add_rms_norm": norm,
-    "rms_norm_gated": norm,
     "qk_norm_rope": rope,
     "sigmoid_gate": rope,
     "route": moe,
@@ -47,7 +46,15 @@ def test_unknown_backend_is_refused() -> None:
 
 def test_describe_names_every_operation() -> None:
     on_cuda, on_cpu = dispatch.describe("cuda"), dispatch.describe("cpu")
-    expected = set(COMPILED_OPS) | {"causal_conv1d_prefill", "gdn_prefill", "gdn_decode", "gdn_verify"}
+    of_steps = {
+        "causal_conv1d_prefill",
+        "gdn_prefill",
+        "gdn_decode",
+        "gdn_decode_fused",
+        "gdn_verify",
+        "rms_norm_gated",
+    }
+    expected = set(COMPILED_OPS) | of_steps
     assert expected <= set(on_cuda) and on_cuda.keys() == on_cpu.keys()
     assert all(text.startswith("triton") for text in on_cuda.values())
     assert all(text.startswith("reference") for text in on_cpu.values())

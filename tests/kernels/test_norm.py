@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import norm
+from tests.helpers import nan_like
 
 from .common import BACKENDS, DTYPES, assert_close, assert_compiles, assert_repeatable, to64, tolerance
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-OPS = ("rms_norm", "add_rms_norm", "rms_norm_gated")
+CUSTOM_OPS = ("rms_norm", "add_rms_norm")
+OPS = (*CUSTOM_OPS, "rms_norm_gated")
 EPS = 1e-6
 
 
@@ -27,9 +29,18 @@ def column_slice(rows: int, heads: int, width: int, device: str, dtype: torch.dt
     return projection[:, 5 : 5 + heads * width].view(rows, heads, width)
 
 
+def call(op: str, *args: Any, backend: str | None = None) -> Any:
+    """What `op` returns, or, of the gated norm, what it writes."""
+    if op != "rms_norm_gated":
+        return getattr(norm, op)(*args, backend=backend)
+    out = nan_like(*args[0].shape, dtype=args[0].dtype, device=args[0].device)
+    norm.rms_norm_gated(*args, out=out, backend=backend)
+    return out
+
+
 def check(op: str, x: torch.Tensor, backend: str | None) -> None:
     args = arguments(op, x)
-    actual = getattr(norm, op)(*args, backend=backend)
+    actual = call(op, *args, backend=backend)
     expected = getattr(norm.reference, op)(*to64(args))
     assert_close(
         actual, expected, tolerance(x.dtype, 2 if op == "add_rms_norm" else 1, backend or "triton", x.device.type)
@@ -56,7 +67,7 @@ def test_column_slices_and_transposes(op: str, backend: str, device: str) -> Non
 @pytest.mark.parametrize("op", OPS)
 def test_no_rows(op: str, backend: str, device: str) -> None:
     x = torch.empty(0, 3, 8, device=device)
-    result = getattr(norm, op)(*arguments(op, x), backend=backend)
+    result = call(op, *arguments(op, x), backend=backend)
     for tensor in (result,) if isinstance(result, torch.Tensor) else result:
         assert tensor.shape == x.shape
 
@@ -83,30 +94,45 @@ def test_inputs_are_left_alone_and_results_repeat(op: str, device: str) -> None:
     args = arguments(op, torch.randn(5, 24, device=device))
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     for backend in BACKENDS:
-        assert_repeatable(getattr(norm, op), *args, backend=backend)
+        assert_repeatable(call, op, *args, backend=backend)
     for a, b in zip(args, before, strict=True):
         assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gated_norm_in_place(dtype: torch.dtype, backend: str, device: str) -> None:
+    x, z, weight, eps = arguments("rms_norm_gated", torch.randn(9, 3, 20, device=device).to(dtype))
+    apart = call("rms_norm_gated", x, z, weight, eps, backend=backend)
+    norm.rms_norm_gated(x, z, weight, eps, out=x, backend=backend)
+    assert torch.equal(x, apart)
+
+
+@pytest.mark.parametrize("op", CUSTOM_OPS)
 def test_custom_op(op: str, device: str) -> None:
     args = arguments(op, column_slice(4, 2, 16, device, torch.bfloat16))
     torch.library.opcheck(getattr(torch.ops.qwen3next, op).default, args)
     assert_compiles(lambda *a: getattr(norm, op)(*a), *args)
 
 
+def gated(x: torch.Tensor, z: torch.Tensor, out: torch.Tensor) -> None:
+    norm.rms_norm_gated(x, z, torch.ones(8), EPS, out=out)
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("wrong", "message"),
     [
         (lambda: norm.rms_norm(torch.ones(2, 8), torch.ones(4), EPS), r"weight is \[4\] and x is \[2, 8\].*\[8\]"),
         (lambda: norm.rms_norm(torch.ones(()), torch.ones(1), EPS), "scalar"),
         (lambda: norm.add_rms_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), EPS), r"\[2, 8\].*\[3, 8\]"),
-        (lambda: norm.rms_norm_gated(torch.ones(2, 8), torch.ones(2, 8).half(), torch.ones(8), EPS), "float16"),
+        (lambda: gated(torch.ones(2, 8), torch.ones(2, 8).half(), out=torch.ones(2, 8)), "float16"),
+        (lambda: gated(torch.ones(2, 8), torch.ones(2, 8), out=torch.ones(2, 7)), r"out is \[2, 7\].*\[2, 8\]"),
+        (lambda: gated(torch.ones(2, 8), torch.ones(2, 8), out=torch.ones(8, 2).T), "contiguous"),
     ],
 )
-def test_wrong_arguments(call: Any, message: str) -> None:
+def test_wrong_arguments(wrong: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call()
+        wrong()
 
 
 @pytest.mark.gpu

@@ -59,7 +59,7 @@ class Harness:
         self, *, num_drafts: int = 0, ssm_dtype: torch.dtype = torch.float32, topk: int = 1, **options: Any
     ) -> None:
         self.num_tokens = num_drafts + 1
-        self.tolerance = 1e-5 if ssm_dtype == torch.float32 else 2e-2
+        self.tolerance = 1e-5 if ssm_dtype == torch.float32 else 4e-2  # the norm magnifies a small head
         shape = Mamba2StateShape.create(
             tp_world_size=1,
             intermediate_size=V_HEADS * VALUE_DIM,

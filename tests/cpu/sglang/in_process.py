@@ -26,7 +26,7 @@ from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.server_args import ServerArgs
 from torch.nn import functional
 
-from qwen3next_plugin.kernels.gdn.step import GdnParameters, PrefillRows, gdn_step
+from qwen3next_plugin.kernels.gdn.step import PrefillRows, gdn_step
 from qwen3next_plugin.sglang_integration.model import Qwen3NextForCausalLM
 from qwen3next_plugin.sglang_integration.mtp import Qwen3NextForCausalLMMTP
 
@@ -109,14 +109,15 @@ class _WholeBatch:
     ) -> torch.Tensor:
         count = len(self.lengths)
         slots = torch.arange(count, dtype=torch.int32)
-        width = layer.conv_weights.shape[-1]
+        parameters = layer.core_parameters()
+        conv_dim, width = parameters.conv_weight.shape
         out = torch.full((1, len(mixed_qkv), layer.num_v_heads, layer.head_v_dim), float("nan"))
         gdn_step(
             mixed_qkv,
             a,
             b,
-            GdnParameters(layer.conv_weights, layer.A_log, layer.dt_bias, layer.num_k_heads),
-            torch.full((count, mixed_qkv.shape[1], width - 1), float("nan")),
+            parameters,
+            torch.full((count, conv_dim, width - 1), float("nan")),
             torch.full((count, layer.num_v_heads, layer.head_v_dim, layer.head_k_dim), float("nan")),
             out[0],
             prefill=PrefillRows(self.starts, self.ends, slots, torch.zeros(count, dtype=torch.bool), max(self.lengths)),

@@ -1,0 +1,305 @@
+"""A whole decode step of a layer in one Triton kernel: convolution, gates, delta rule, gated norm."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ranges import BLOCK_ROWS
+from .reference import Gates
+from .triton_recurrent import EPSILON, softplus
+
+ELEMENTS_A_WARP = 1024  # of a head's state: 32 float32 registers a thread; at 64 a thread takes 214 in all
+MAX_WARPS = 16
+
+
+@triton.jit
+def _advance_window(
+    x,
+    x_column,
+    weight,
+    weight_channel,
+    weight_tap,
+    windows,
+    window_slot,
+    window_channel,
+    window_column,
+    slot,
+    snapshot,
+    channel,
+    in_dim,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
+):
+    """The convolution's output for one new input of these channels, in float32; their window moves on by it.
+
+    The window is in registers, whole, before any of it is written, and no other program has these channels.
+    """
+    tap = tl.arange(0, BLOCK_W)
+    new = (tap == WIDTH - 1)[None, :]
+    source = windows + slot * window_slot + channel[:, None] * window_channel + tap[None, :] * window_column
+    window = tl.load(source, mask=in_dim[:, None] & (tap < WIDTH - 1)[None, :], other=0.0).to(tl.float32)
+    value = tl.load(x + channel * x_column, mask=in_dim, other=0.0).to(tl.float32)
+    window = tl.where(new, value[:, None], window)
+    taps = weight + channel[:, None] * weight_channel + tap[None, :] * weight_tap
+    w = tl.load(taps, mask=in_dim[:, None] & (tap < WIDTH)[None, :], other=0.0).to(tl.float32)
+    y = tl.sum(window * w, 1)
+    tl.debug_barrier()  # one element may be held by several threads: all have read before one writes
+    moved = in_dim[:, None] & ((tap > 0) & (tap < WIDTH))[None, :]
+    target = source - window_column
+    tl.store(target, window.to(windows.dtype.element_ty), mask=moved)
+    if HAS_SNAPSHOT:
+        kept = in_dim[:, None] & ((tap > 0) & (tap < tl.where(snapshot >= 0, WIDTH, 0)))[None, :]
+        tl.store(target + (snapshot - slot) * window_slot, window.to(windows.dtype.element_ty), mask=kept)
+    return y * tl.sigmoid(y)
+
+
+@triton.jit
+def _decoded(token, query_start, query_end, slots, slots_stride, num_rows, BLOCK_ROWS: tl.constexpr):
+    """1 if a row decodes this token, else 0."""
+    found = 0
+    for first in range(0, num_rows, BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)
+        inside = row < num_rows
+        start = tl.load(query_start + row, mask=inside, other=0).to(tl.int64)
+        end = tl.load(query_end + row, mask=inside, other=0).to(tl.int64)
+        slot = tl.load(slots + row.to(tl.int64) * slots_stride, mask=inside, other=-1).to(tl.int64)
+        here = (start == token) & (end > start) & (slot >= 0)
+        found = tl.maximum(found, tl.max(here.to(tl.int32), 0))
+    return found
+
+
+# What changes from step to step is not specialised on: a new batch size never compiles anything.
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "slots_stride"])
+def _decode_kernel(
+    qkv,
+    z,
+    a,
+    b,
+    conv_weight,
+    A_log,
+    dt_bias,
+    norm_weight,
+    windows,
+    state,
+    out,
+    query_start,
+    query_end,
+    slots,
+    snapshot_slots,
+    num_rows,
+    num_tokens,
+    scale,
+    norm_eps,
+    qkv_token,
+    qkv_column,
+    z_token,
+    z_head,
+    z_v,
+    a_token,
+    a_head,
+    b_token,
+    b_head,
+    weight_channel,
+    weight_tap,
+    window_slot,
+    window_channel,
+    window_column,
+    state_slot,
+    state_head,
+    state_v,
+    state_k,
+    out_token,
+    out_head,
+    out_v,
+    slots_stride,
+    K_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
+):
+    # One program a row and key head, for all of its value heads: alone it reads and moves that key head's windows.
+    place = (tl.program_id(0) // K_HEADS).to(tl.int64)  # a row, and a token of the same number
+    k_head = tl.program_id(0) % K_HEADS
+    first_head = k_head * GROUP
+    start = tl.load(query_start + place, mask=place < num_rows, other=0).to(tl.int64)
+    end = tl.load(query_end + place, mask=place < num_rows, other=0).to(tl.int64)
+    slot = tl.load(slots + place * slots_stride, mask=place < num_rows, other=-1).to(tl.int64)
+    live = (slot >= 0) & (end > start)
+    k_index = tl.arange(0, BLOCK_K)
+    v_index = tl.arange(0, BLOCK_V)
+    k_mask = k_index < KEY_DIM
+    v_mask = v_index < VALUE_DIM
+
+    # Row n has token n as a rule; every other token looks for its row, and has zeros if there is none.
+    alone = (place < num_tokens) & ((start != place) | (live == 0))
+    if alone:
+        if _decoded(place, query_start, query_end, slots, slots_stride, num_rows, BLOCK_ROWS) == 0:
+            zeros = tl.zeros((BLOCK_V,), tl.float32).to(out.dtype.element_ty)
+            for head in range(first_head, first_head + GROUP):
+                tl.store(out + place * out_token + head * out_head + v_index * out_v, zeros, mask=v_mask)
+    if live == 0:
+        return
+
+    # The largest read by far is asked for first, and the next head's as soon as its registers are free.
+    tile = v_mask[:, None] & k_mask[None, :]
+    state_at = state + slot * state_slot + v_index[:, None] * state_v + k_index[None, :] * state_k
+    s = tl.load(state_at + first_head * state_head, mask=tile, other=0.0).to(tl.float32)
+    snapshot = tl.load(snapshot_slots + place).to(tl.int64) if HAS_SNAPSHOT else slot
+    x = qkv + start * qkv_token
+    q_channel = k_head * KEY_DIM + k_index
+    q = _advance_window(
+        x,
+        qkv_column,
+        conv_weight,
+        weight_channel,
+        weight_tap,
+        windows,
+        window_slot,
+        window_channel,
+        window_column,
+        slot,
+        snapshot,
+        q_channel,
+        k_mask,
+        WIDTH,
+        BLOCK_W,
+        HAS_SNAPSHOT,
+    )
+    k = _advance_window(
+        x,
+        qkv_column,
+        conv_weight,
+        weight_channel,
+        weight_tap,
+        windows,
+        window_slot,
+        window_channel,
+        window_column,
+        slot,
+        snapshot,
+        K_HEADS * KEY_DIM + q_channel,
+        k_mask,
+        WIDTH,
+        BLOCK_W,
+        HAS_SNAPSHOT,
+    )
+    q = q * (scale / tl.sqrt(tl.sum(q * q, 0) + EPSILON))
+    k = k / tl.sqrt(tl.sum(k * k, 0) + EPSILON)
+    norm = tl.load(norm_weight + v_index, mask=v_mask, other=0.0).to(tl.float32)
+
+    for group in range(GROUP):
+        head = first_head + group
+        v = _advance_window(
+            x,
+            qkv_column,
+            conv_weight,
+            weight_channel,
+            weight_tap,
+            windows,
+            window_slot,
+            window_channel,
+            window_column,
+            slot,
+            snapshot,
+            2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index,
+            v_mask,
+            WIDTH,
+            BLOCK_W,
+            HAS_SNAPSHOT,
+        )
+        bias = tl.load(dt_bias + head).to(tl.float32)
+        g = softplus(tl.load(a + start * a_token + head * a_head).to(tl.float32) + bias)
+        g = -tl.exp(tl.load(A_log + head).to(tl.float32)) * g
+        beta = tl.sigmoid(tl.load(b + start * b_token + head * b_head).to(tl.float32))
+        gate = tl.load(z + start * z_token + head * z_head + v_index * z_v, mask=v_mask, other=0.0).to(tl.float32)
+
+        s = s * tl.exp(g)
+        written = beta * (v - tl.sum(s * k[None, :], 1))
+        s += written[:, None] * k[None, :]
+        o = tl.sum(s * q[None, :], 1)
+        target = state_at + head * state_head
+        tl.store(target, s.to(state.dtype.element_ty), mask=tile)
+        if HAS_SNAPSHOT:
+            kept = (v_index < tl.where(snapshot >= 0, VALUE_DIM, 0))[:, None] & k_mask[None, :]
+            tl.store(target + (snapshot - slot) * state_slot, s.to(state.dtype.element_ty), mask=kept)
+        more = (v_index < tl.where(head + 1 < first_head + GROUP, VALUE_DIM, 0))[:, None] & k_mask[None, :]
+        s = tl.load(target + state_head, mask=more, other=0.0).to(tl.float32)
+
+        y = o * tl.rsqrt(tl.sum(o * o, 0) / VALUE_DIM + norm_eps) * norm * gate * tl.sigmoid(gate)
+        out_at = out + start * out_token + head * out_head + v_index * out_v
+        tl.store(out_at, y.to(out.dtype.element_ty), mask=v_mask)
+
+
+def gdn_decode_fused(
+    mixed_qkv: Tensor,
+    z: Tensor,
+    gates: Gates,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    out: Tensor,
+    snapshot_slots: Tensor | None,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.gdn.gdn_decode_fused`; arguments are checked there.
+
+    A program holds one head's state in registers from its only read to its last write, and goes through the value heads
+    of one key head of one row: the q and k windows that these share are read once, and moved by who read them.
+    """
+    a, b, A_log, dt_bias = gates
+    _, v_heads, value_dim, key_dim = ssm_state.shape
+    rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
+    block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    _decode_kernel[(max(rows, tokens) * num_k_heads,)](
+        mixed_qkv,
+        z,
+        a,
+        b,
+        conv_weight,
+        A_log.contiguous(),
+        dt_bias.contiguous(),
+        norm_weight.contiguous(),
+        conv_state,
+        ssm_state,
+        out,
+        query_start,
+        query_end,
+        state_slots,
+        query_start if snapshot_slots is None else snapshot_slots,
+        rows,
+        tokens,
+        key_dim**-0.5,
+        norm_eps,
+        *mixed_qkv.stride(),
+        *z.stride(),
+        *a.stride(),
+        *b.stride(),
+        *conv_weight.stride(),
+        *conv_state.stride(),
+        *ssm_state.stride(),
+        *out.stride(),
+        state_slots.stride(0),
+        K_HEADS=num_k_heads,
+        GROUP=v_heads // num_k_heads,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        WIDTH=width,
+        BLOCK_K=block_k,
+        BLOCK_V=block_v,
+        BLOCK_W=triton.next_power_of_2(width),
+        BLOCK_ROWS=BLOCK_ROWS,
+        HAS_SNAPSHOT=snapshot_slots is not None,
+        num_warps=min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP)),
+    )

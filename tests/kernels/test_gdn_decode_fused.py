@@ -1,0 +1,305 @@
+"""A decode step in one launch: outputs and both states against the float64 formula, and nothing else may move."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qwen3next_plugin.kernels import conv, gdn, norm
+from qwen3next_plugin.kernels.conv.reference import causal_conv
+from qwen3next_plugin.kernels.norm.reference import rms_norm_gated
+
+from .common import BACKENDS, DTYPES
+from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
+from .slots import (
+    STATE_LAYOUTS,
+    Row,
+    assert_only_these_slots_changed,
+    bits,
+    clone_layout,
+    column_slice,
+    fill_slots,
+    ints,
+    poisoned_state,
+    ranges,
+    strided_slots,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EPS = 1e-6
+# Out of order, an empty row, a skipped one, and tokens 2 and 5 in no row.
+ROWS = [(3, 4, 2), (0, 1, 5), (1, 1, 0), (1, 2, -1), (4, 5, 1)]
+
+
+@dataclass
+class Layer:
+    """A step's tokens, of which `mixed_qkv` is not convolved yet, and what else the layer brings."""
+
+    tokens: Tokens
+    z: Tensor
+    conv_weight: Tensor
+    norm_weight: Tensor
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        x, a, b, A_log, dt_bias = self.tokens.arguments()
+        return x, self.z, a, b, self.conv_weight, A_log, dt_bias, self.norm_weight
+
+    def windows(self, slots: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
+        """A poisoned conv_state."""
+        return poisoned_state((slots, self.conv_weight.shape[0], columns), dtype, self.tokens.device, layout)
+
+    def expected(self, token: int, window: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Float64: the token's output [HV, V], the window after it [conv_dim, W - 1] and the state [HV, V, K]."""
+        t, taps = self.tokens, self.conv_weight.shape[1] - 1
+        x = t.mixed_qkv[None, token : token + 1].cpu().double()
+        history = window[:, :taps].T[None].cpu().double()
+        y, moved = causal_conv(x, self.conv_weight.cpu().double(), history)
+        gates = (gate[token : token + 1].cpu() for gate in (t.a, t.b))
+        constants = (t.A_log.cpu(), t.dt_bias.cpu(), t.k_heads, t.key_dim, t.value_dim)
+        o, states = formula(Tokens(y[0], *gates, *constants), 0, 1, state)
+        normed = rms_norm_gated(o[0], self.z[token].cpu().double(), self.norm_weight.cpu().double(), EPS)
+        return normed, moved[0].T, states[-1]
+
+
+def make_layer(
+    tokens: int,
+    device: str,
+    heads: tuple[int, int] = (1, 2),
+    dims: tuple[int, int] = (16, 8),
+    dtype: torch.dtype = torch.float32,
+    width: int = 4,
+) -> Layer:
+    """As `make_tokens`; mixed_qkv and z are column slices of one projection."""
+    made = make_tokens(tokens, device, heads, dims, dtype)
+    conv_dim, values = made.mixed_qkv.shape[1], heads[1] * dims[1]
+    qkvz = column_slice(tokens, conv_dim + values, dtype, device)
+    made.mixed_qkv = qkvz[:, :conv_dim]
+    return Layer(
+        made,
+        z=qkvz[:, conv_dim:].unflatten(-1, (heads[1], dims[1])),
+        conv_weight=torch.randn(conv_dim, width, device=device).to(dtype),
+        norm_weight=torch.randn(dims[1], device=device).to(dtype),
+    )
+
+
+def run(
+    layer: Layer, windows: Tensor, state: Tensor, rows: Sequence[Row], backend: str | None, **options: Any
+) -> Tensor:
+    """Call gdn_decode_fused on these rows; returns its output, poisoned before."""
+    out = layer.tokens.out()
+    gdn.gdn_decode_fused(
+        *layer.arguments(),
+        windows,
+        state,
+        num_k_heads=layer.tokens.k_heads,
+        norm_eps=EPS,
+        **ranges(rows, layer.tokens.device),
+        state_slots=strided_slots([slot for _, _, slot in rows], layer.tokens.device),
+        out=out,
+        backend=backend,
+        **options,
+    )
+    return out
+
+
+def check(
+    layer: Layer,
+    rows: Sequence[Row],
+    backend: str | None,
+    *,
+    state_dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    spare_columns: int = 0,
+    snapshots: Sequence[int] | None = None,
+) -> None:
+    tokens, taps = layer.tokens, layer.conv_weight.shape[1] - 1
+    dtype, device = tokens.mixed_qkv.dtype, tokens.device
+    slots = 6 if snapshots is None else 12
+    windows, state = layer.windows(slots, taps + spare_columns, dtype, layout), tokens.state(slots, state_dtype, layout)
+    running = [(n, start, slot) for n, (start, end, slot) in enumerate(rows) if slot >= 0 and end > start]
+    fill_slots(windows, [slot for _, _, slot in running])
+    fill_slots(state, [slot for _, _, slot in running], 0.3)
+    windows[:, :, taps:] = float("nan")  # of a verification: neither read nor written
+    before = clone_layout(windows), clone_layout(state)
+    idle = [token for token in range(tokens.mixed_qkv.shape[0]) if token not in {start for _, start, _ in running}]
+    for padding in (tokens.mixed_qkv, layer.z, tokens.a, tokens.b):
+        padding[idle] = float("nan")
+    options = {} if snapshots is None else {"snapshot_slots": ints(snapshots, device)}
+    out = run(layer, windows, state, rows, backend, **options)
+
+    written = []
+    for n, start, slot in running:
+        o, window, new_state = layer.expected(start, before[0][slot], before[1][slot])
+        assert_error(out[start], o, limit(out.dtype, tokens, backend), f"token {start}")
+        assert torch.equal(windows[slot, :, :taps].cpu().double(), window), f"window in slot {slot}"
+        assert_error(state[slot], new_state, limit(state_dtype, tokens, backend), f"slot {slot}")
+        written.append(slot)
+        kept = -1 if snapshots is None else snapshots[n]
+        if kept >= 0:
+            assert torch.equal(windows[kept, :, :taps], windows[slot, :, :taps]), f"window in snapshot {kept}"
+            assert torch.equal(bits(state[kept]), bits(state[slot])), f"snapshot {kept}"
+            written.append(kept)
+    assert not bool(out[idle].any()), "a token that no row decodes has an output"  # NaN would count as one
+    for old, new in zip(before, (windows, state), strict=True):
+        assert_only_these_slots_changed(old, new, written)
+    assert torch.equal(bits(windows[:, :, taps:].contiguous()), bits(before[0][:, :, taps:].contiguous()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_of_one(backend: str, device: str) -> None:
+    check(make_layer(1, device), [(0, 1, 3)], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [(2, 2), (1, 2), (1, 4), (2, 4), (1, 3), (4, 8), (16, 32)])
+def test_ragged_rows(heads: tuple[int, int], backend: str, device: str) -> None:
+    check(make_layer(6, device, heads, (8, 8)), ROWS, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", STATE_LAYOUTS)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+def test_state_dtypes_and_layouts(state_dtype: torch.dtype, layout: str, backend: str, device: str) -> None:
+    layer = make_layer(6, device, dtype=torch.bfloat16)
+    check(layer, ROWS, backend, state_dtype=state_dtype, layout=layout, spare_columns=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(16, 16), (12, 20), (24, 40), (5, 3)])
+def test_token_dtypes_and_head_dims(dims: tuple[int, int], dtype: torch.dtype, backend: str, device: str) -> None:
+    check(make_layer(3, device, dims=dims, dtype=dtype), [(0, 1, 3), (2, 3, 1)], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_convolution_widths(width: int, backend: str, device: str) -> None:
+    check(make_layer(6, device, width=width), ROWS, backend, spare_columns=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("layout", STATE_LAYOUTS)
+def test_snapshots(layout: str, state_dtype: torch.dtype, backend: str, device: str) -> None:
+    layer = make_layer(6, device, dtype=torch.float16)
+    check(layer, ROWS, backend, state_dtype=state_dtype, layout=layout, snapshots=[7, -1, 8, 9, 10])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_before_behind_and_in_place_of_rows(backend: str, device: str) -> None:
+    """As engines pad a captured batch: rows of slot -1, empty rows behind the last token, tokens without any row."""
+    check(make_layer(5, device), [(0, 1, 2), (1, 2, -1), (2, 3, -1), (3, 4, 1), (4, 5, -1)], backend)
+    check(make_layer(4, device), [(0, 1, 2), (1, 2, 0), (2, 2, 0), (2, 2, 0)], backend)
+    check(make_layer(6, device), [(0, 1, 4)], backend)
+    check(make_layer(2, device), [(1, 1, 3), (1, 1, -1), (0, 0, 5), (1, 2, 2), (0, 1, 1)], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend: str, device: str) -> None:
+    check(make_layer(2, device), [], backend)
+    check(make_layer(2, device), [(0, 0, 1), (0, 1, -1)], backend)
+    check(make_layer(0, device), [(0, 0, 1)], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_first_token_of_a_longer_row(backend: str, device: str) -> None:
+    check(make_layer(4, device), [(2, 4, 1), (0, 2, 3)], backend)
+
+
+def test_a_row_far_behind_finds_its_token(device: str) -> None:
+    """More rows than a program looks through at once, in reverse."""
+    count = 131
+    layer = make_layer(count + 1, device, heads=(1, 1), dims=(2, 2))
+    rows = [(count - 1 - n, count - n, 2 if n == 0 else 4 if n == count - 1 else -1) for n in range(count)]
+    check(layer, rows, "triton")
+
+
+@given(slots=st.lists(st.integers(-1, 5), min_size=1, max_size=4, unique_by=lambda s: s if s >= 0 else object()))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_batch(backend: str, device: str, slots: list[int]) -> None:
+    check(make_layer(len(slots), device, heads=(1, 1)), [(t, t + 1, slot) for t, slot in enumerate(slots)], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_the_three_operations_one_after_another(backend: str, device: str) -> None:
+    """Several steps of two sequences; in float32, where these do not round in between."""
+    layer = make_layer(8, device, heads=(2, 4))
+    tokens, slots = layer.tokens, [3, 1]
+    windows, state = layer.windows(4, 3, torch.float32, "transposed"), tokens.state(4)
+    fill_slots(windows, slots)
+    fill_slots(state, slots)
+    own_windows, own_state = clone_layout(windows), clone_layout(state)
+    for step in range(4):
+        rows = [(2 * step + n, 2 * step + n + 1, slot) for n, slot in enumerate(slots)]
+        out = run(layer, windows, state, rows, backend)
+        shared = {**ranges(rows, device), "state_slots": ints(slots, device), "backend": backend}
+        convolved, core = torch.zeros_like(tokens.mixed_qkv), out.new_zeros(out.shape)
+        conv.causal_conv1d_update(
+            tokens.mixed_qkv,
+            layer.conv_weight,
+            None,
+            own_windows,
+            num_accepted_tokens=None,
+            max_query_len=1,
+            out=convolved,
+            **shared,
+        )
+        gdn.gdn_decode(convolved, *tokens.arguments()[1:], own_state, num_k_heads=2, out=core, **shared)
+        norm.rms_norm_gated(core, layer.z, layer.norm_weight, EPS, out=core, backend=backend)
+        assert_error(out, core.cpu().double(), 1e-5, f"step {step}")
+    assert torch.equal(windows[slots], own_windows[slots])
+    assert_error(state[slots], own_state[slots].cpu().double(), 1e-5, "states")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_repeats_to_the_bit(backend: str, device: str) -> None:
+    layer = make_layer(6, device, dtype=torch.bfloat16)
+    windows, state = layer.windows(6, 3, torch.bfloat16, "contiguous"), layer.tokens.state(6, torch.bfloat16)
+    fill_slots(windows, range(6))
+    fill_slots(state, range(6))
+    states = [(windows, state), (clone_layout(windows), clone_layout(state))]
+    outs = [run(layer, *own, ROWS, backend) for own in states]
+    for one, other in zip((outs[0], *states[0]), (outs[1], *states[1]), strict=True):
+        assert torch.equal(bits(one.contiguous()), bits(other.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.zeros(2, 2, 4)}, r"z has shape \(2, 2, 4\); \(2, 2, 8\) is needed"),
+        ({"norm_weight": torch.zeros(4)}, r"norm_weight has shape \(4,\); \(8,\) is needed"),
+        ({"conv_weight": torch.zeros(9, 4)}, r"weight has shape \(9, 4\); \(48, 4\) is needed"),
+        ({"conv_state": torch.zeros(3, 48, 2)}, r"conv_state has shape \(3, 48, 2\): width 4 needs at least 3 columns"),
+        ({"state_slots": torch.zeros(1).int()}, r"state_slots has shape \(1,\); \(2,\) is needed"),
+        ({"snapshot_slots": torch.zeros(2)}, "snapshot_slots is torch.float32"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Tensor], message: str) -> None:
+    layer = make_layer(2, "cpu")
+    names = ("mixed_qkv", "z", "a", "b", "conv_weight", "A_log", "dt_bias", "norm_weight")
+    good: dict[str, Any] = dict(zip(names, layer.arguments(), strict=True)) | {
+        "conv_state": torch.zeros(3, 48, 3),
+        "ssm_state": layer.tokens.state(3),
+        "num_k_heads": 1,
+        "norm_eps": EPS,
+        "query_start": ints([0, 1], "cpu"),
+        "query_end": ints([1, 2], "cpu"),
+        "state_slots": ints([0, 1], "cpu"),
+        "out": layer.tokens.out(),
+    }
+    with pytest.raises(ValueError, match=message):
+        gdn.gdn_decode_fused(**(good | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(16, 32), (8, 16), (4, 8)])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_real_shapes(rows: int, heads: tuple[int, int], state_dtype: torch.dtype, device: str) -> None:
+    layer = make_layer(rows, device, heads, (128, 128), torch.bfloat16)
+    check(layer, [(t, t + 1, t) for t in range(rows)], None, state_dtype=state_dtype, layout="pages")
