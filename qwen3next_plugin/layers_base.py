@@ -16,15 +16,15 @@ from .kernels.norm import add_rms_norm, rms_norm
 class ParallelLayers:
     """An engine's linear layers, which load their own slices, and this process's place among the tensor-parallel ranks.
 
-    The layers' forward returns a tuple with the output first. ``expert_block`` says of a module of experts whether its
-    weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks.
+    The layers' forward returns a tuple with the output first. ``fp8_block`` says of a module, by its prefix, whether
+    its weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks.
     """
 
     rank: int
     size: int
     expert_parallel: bool
     quant_config: Any
-    expert_block: Callable[[str], int | None]
+    fp8_block: Callable[[str], int | None]
     merged_column: Callable[..., nn.Module]
     qkv: Callable[..., nn.Module]
     row: Callable[..., nn.Module]

@@ -14,18 +14,18 @@ from .errors import PluginError
 from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
+from .layers_fp8 import Fp8Columns, Fp8Rows, cuts_fp8_blocks
 from .weights import Placement
+from .weights_layout import FP8_BLOCK
 
-FP8_BLOCK = 128
 
-
-def expert_block_size(
+def fp8_block_size(
     quant_config: Any, prefix: str, *, fp8_config: type, is_layer_skipped: Callable[..., bool], engine: str
 ) -> int | None:
-    """128 for experts that the engine's quantisation config makes FP8 with 128x128 scales, None for unquantised ones.
+    """128 for a module that the engine's quantisation config makes FP8 with 128x128 scales, None for unquantised ones.
 
-    ``prefix`` names the experts' module; ``fp8_config`` and ``is_layer_skipped`` are the engine's. Raises PluginError
-    for any other format: serving it with the wrong arithmetic would be silent.
+    ``prefix`` names the module of experts, or a linear layer; ``fp8_config`` and ``is_layer_skipped`` are the engine's.
+    Raises PluginError for any other format: serving it with the wrong arithmetic would be silent.
     """
     if quant_config is None:
         return None
@@ -38,7 +38,7 @@ def expert_block_size(
     if method == "fp8" and block == [FP8_BLOCK, FP8_BLOCK]:
         return FP8_BLOCK
     raise PluginError(
-        f"quantization: the experts of {prefix} are stored as {method} (weight_block_size {block}), which this plugin "
+        f"quantization: {prefix} is stored as {method} (weight_block_size {block}), which this plugin "
         "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
         f"stock {engine}."
     )
@@ -51,10 +51,17 @@ class GatedMLP(nn.Module):
         self, hidden_size: int, width: int, layers: ParallelLayers, prefix: str, reduce_results: bool = True
     ) -> None:
         super().__init__()
-        self.gate_up_proj = layers.merged_column(hidden_size, [width] * 2, **layers.options(f"{prefix}.gate_up_proj"))
-        self.down_proj = layers.row(
-            width, hidden_size, reduce_results=reduce_results, **layers.options(f"{prefix}.down_proj")
-        )
+        up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+        self.gate_up_proj: nn.Module
+        self.down_proj: nn.Module
+        if cuts_fp8_blocks(width, up, layers):
+            self.gate_up_proj = Fp8Columns(hidden_size, width, layers, up)
+        else:
+            self.gate_up_proj = layers.merged_column(hidden_size, [width] * 2, **layers.options(up))
+        if cuts_fp8_blocks(width, down, layers):
+            self.down_proj = Fp8Rows(width, hidden_size, layers, down, reduce_results)
+        else:
+            self.down_proj = layers.row(width, hidden_size, reduce_results=reduce_results, **layers.options(down))
         self.act = layers.silu_and_mul()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -77,7 +84,7 @@ class RoutedExperts(nn.Module):
         self.w13_scale_inv: nn.Parameter | None = None
         self.w2_scale_inv: nn.Parameter | None = None
         if block:
-            columns, scale_rows = -(-hidden // block), -(-rows // block)
+            columns, scale_rows = -(-hidden // block), -(-rows // shard.scale_block(block))
             scale = partial(frozen_parameter, dtype=torch.float32, loader=self._load)
             self.w13_scale_inv = scale(experts, 2 * scale_rows, columns)
             self.w2_scale_inv = scale(experts, columns, scale_rows)
@@ -100,7 +107,7 @@ class SparseMoE(nn.Module):
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
-        self.experts = RoutedExperts(shard, layers.expert_block(f"{prefix}.experts"))
+        self.experts = RoutedExperts(shard, layers.fp8_block(f"{prefix}.experts"))
         self.shared_expert = GatedMLP(
             spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
         )

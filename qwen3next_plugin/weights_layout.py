@@ -68,16 +68,23 @@ def deinterleave_ba_scales(scale_inv: torch.Tensor, gdn: GdnSpec, block_rows: in
 
 
 def take_block_scales(
-    scale_inv: torch.Tensor, rows: torch.Tensor, block_rows: int, name: str, dim: int = -2
+    scale_inv: torch.Tensor,
+    rows: torch.Tensor,
+    block_rows: int,
+    name: str,
+    dim: int = -2,
+    new_block_rows: int | None = None,
 ) -> torch.Tensor:
     """The block scales that belong to ``weight.index_select(dim, rows)``.
 
-    ``scale_inv`` has one entry for ``block_rows`` rows of its weight along ``dim``. Raises WeightError, naming
+    ``scale_inv`` has one entry for ``block_rows`` rows of its weight along ``dim``; what comes back has one for
+    ``new_block_rows`` (as many, unless told), a finer grid repeating the old entries. Raises WeightError, naming
     ``name``, where a new block would hold rows of more than one old block, for one scale cannot serve both.
     """
+    new_block_rows = new_block_rows or block_rows
     old_blocks = rows // block_rows
-    source = old_blocks[::block_rows]
-    if not torch.equal(source.repeat_interleave(block_rows)[: len(rows)], old_blocks):
+    source = old_blocks[::new_block_rows]
+    if not torch.equal(source.repeat_interleave(new_block_rows)[: len(rows)], old_blocks):
         raise WeightError(
             f"{name} cannot be cut or re-laid in FP8 blocks of {block_rows}, since a block would mix heads or halves: "
             f"use head dims and slices that are multiples of {block_rows}, or an unquantised checkpoint."

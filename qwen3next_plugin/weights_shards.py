@@ -4,7 +4,9 @@ Every slice is a choice of rows or columns, so that the FP8 block scales follow 
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
@@ -12,6 +14,8 @@ from .errors import WeightError
 from .spec import Qwen3NextSpec
 from .weights_layout import take_block_scales, take_rows
 from .weights_map import SCALE_SUFFIX, Placement
+
+MIN_BLOCK = 32  # the depth of one FP8 tensor-core instruction: a finer factor could not be applied between two
 
 _PREFIX = re.compile(r"(model|mtp)\.layers\.\d+\.")
 
@@ -80,8 +84,9 @@ def shard_fused(
 
     ``placement`` is what `fused_stream` yielded beside ``tensor``, or the fused name of a whole tensor; block scales go
     by their own names. q, k, v, z, b and a are each cut by heads; with more ranks than KV heads a KV head goes to
-    several ranks. Replicated tensors (norms, routers, ``mtp.fc``) come back as they are, others as copies. Raises
-    WeightError where ``size`` does not divide the heads or widths, or would cut through an FP8 block.
+    several ranks. Replicated tensors (norms, routers, ``mtp.fc``) come back as they are, others as copies. Where a cut
+    goes through an FP8 block, the factors come back on the finer grid of `scale_block`, so that no value changes.
+    Raises WeightError where ``size`` does not divide the heads or widths, or would cut FP8 blocks below `MIN_BLOCK`.
     """
     if isinstance(placement, str):
         placement = Placement(placement)
@@ -99,7 +104,40 @@ def shard_fused(
         raise WeightError(
             f"{placement.name} has no block size in config.json: add quantization_config.weight_block_size."
         )
-    return take_block_scales(tensor, rows, block[rule.dim], weight, rule.dim)
+    finer = _scale_block(rule, size, block[rule.dim])
+    return take_block_scales(tensor, rows, block[rule.dim], weight, rule.dim, finer)
+
+
+def scale_block(block: int, *widths: int) -> int:
+    """Rows (or columns) for one factor in a rank's slice of tensors that have one for every ``block`` of them.
+
+    ``widths`` are those of the slice's sections. ``block`` itself where each ends on a block, else the largest size
+    that divides them all: a 128-block cut in the middle leaves two ranks 64-blocks with one and the same factor.
+    """
+    return block if all(width % block == 0 for width in widths) else gcd(block, *widths)
+
+
+def _scale_block(rule: _Rule, size: int, block: int) -> int:
+    finer = scale_block(block, *(width for _, width in _widths(rule, size)))
+    if finer < min(block, MIN_BLOCK):
+        raise _cut_blocks(rule, size, block, MIN_BLOCK)
+    return finer
+
+
+def _widths(rule: _Rule, size: int) -> Iterator[tuple[_Section, int]]:
+    """Each section with the rows (columns) of it that one rank holds."""
+    for section in rule.sections:
+        yield section, _units(section, 0, size)[1] * section.width
+
+
+def _cut_blocks(rule: _Rule, size: int, block: int, multiple: int) -> WeightError:
+    """The error for slices that FP8 blocks of ``block`` cannot be cut to, being no multiples of ``multiple``."""
+    section, width = next((s, width) for s, width in _widths(rule, size) if width % multiple)
+    return WeightError(
+        f"tensor-parallel size {size} leaves {width} rows or columns of {section.field} "
+        f"({section.units * section.width}) to a rank, which is no multiple of {multiple} as FP8 blocks of {block} "
+        "need here: use a smaller size, or an unquantised checkpoint."
+    )
 
 
 def _rows(rule: _Rule, shard: str | None, rank: int, size: int) -> torch.Tensor:
@@ -129,10 +167,37 @@ def _units(section: _Section, rank: int, size: int) -> tuple[int, int]:
 
 
 def check_tensor_parallel(spec: Qwen3NextSpec, size: int) -> None:
-    """Raise WeightError if the model's layers cannot be cut for ``size`` ranks; the vocabulary is padded by engines."""
+    """Raise WeightError if the model's layers cannot be cut for ``size`` ranks; the vocabulary is padded by engines.
+
+    In FP8 blocks, the attention's and Gated DeltaNet's projections are the engines' own layers, which take whole blocks
+    only (both raise ValueError otherwise, without the field's name); MLPs and experts are cut as `scale_block` says.
+    """
+    block = spec.quant.weight_block_size if spec.quant is not None else None
     for name, rule in _rules(spec).items():
         if name.startswith(("model.", "lm_head.")) or (name.startswith("mlp.gate_up") and not spec.dense_layers):
             continue
         if name.startswith("mlp.down") and not spec.dense_layers:
             continue
         _rows(rule, None, 0, size)
+        if block is None or size == 1 or not _quantised(name, spec):
+            continue
+        if name.startswith("mlp."):
+            _scale_block(rule, size, block[rule.dim])
+        elif any(width % block[rule.dim] for _, width in _widths(rule, size)):
+            raise _cut_blocks(rule, size, block[rule.dim], block[rule.dim])
+
+
+# The checkpoint's module behind a fused name, where they differ; of parts, all are quantised or none.
+_PARTS = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "experts.w13": "experts.0.gate_proj",
+          "experts.w2": "experts.0.down_proj"}  # fmt: skip
+
+
+def _quantised(name: str, spec: Qwen3NextSpec) -> bool:
+    """Whether a layer of ``spec``, which has a quantisation, has this fused tensor in FP8."""
+    assert spec.quant is not None
+    module = name.removesuffix(".weight")
+    if module.endswith(("conv1d", "A_log", "dt_bias")):
+        return False
+    for fused, part in _PARTS.items():
+        module = module.removesuffix(fused) + part if module.endswith(fused) else module
+    return not all(spec.quant.is_ignored(f"model.layers.{i}.{module}") for i in range(spec.num_layers))

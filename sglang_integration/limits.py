@@ -11,7 +11,7 @@ from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.errors import ConfigError
-from qwen3next_plugin.layers_moe import FP8_BLOCK
+from qwen3next_plugin.weights_layout import FP8_BLOCK
 
 _AS_IT_IS = (None, "unquant")
 _STOCK = "or set QWEN3NEXT_PLUGIN=0 to run the stock engine"

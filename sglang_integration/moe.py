@@ -21,8 +21,8 @@ from qwen3next_plugin.layers_base import ParallelLayers
 
 from .names import get_parallel
 
-expert_block_size = partial(
-    layers_moe.expert_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="SGLang"
+fp8_block_size = partial(
+    layers_moe.fp8_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="SGLang"
 )
 
 
@@ -34,7 +34,7 @@ def parallel_layers(quant_config: QuantizationConfig | None) -> ParallelLayers:
         size=parallel.tp_size,
         expert_parallel=parallel.ep_size > 1,
         quant_config=quant_config,
-        expert_block=partial(expert_block_size, quant_config),
+        fp8_block=partial(fp8_block_size, quant_config),
         merged_column=MergedColumnParallelLinear,
         qkv=QKVParallelLinear,
         row=RowParallelLinear,

@@ -23,8 +23,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from qwen3next_plugin import layers_moe
 from qwen3next_plugin.layers_base import ParallelLayers
 
-expert_block_size = partial(
-    layers_moe.expert_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="vLLM"
+fp8_block_size = partial(
+    layers_moe.fp8_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="vLLM"
 )
 
 
@@ -35,7 +35,7 @@ def parallel_layers(vllm_config: VllmConfig) -> ParallelLayers:
         size=get_tensor_model_parallel_world_size(),
         expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
         quant_config=vllm_config.quant_config,
-        expert_block=partial(expert_block_size, vllm_config.quant_config),
+        fp8_block=partial(fp8_block_size, vllm_config.quant_config),
         merged_column=MergedColumnParallelLinear,
         qkv=QKVParallelLinear,
         row=RowParallelLinear,

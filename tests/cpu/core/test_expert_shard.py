@@ -8,7 +8,9 @@ import torch
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.errors import WeightError
 from qwen3next_plugin.expert_shard import ExpertShard
+from qwen3next_plugin.kernels.gemm import quantize_block
 from qwen3next_plugin.kernels.moe.reference import fused_moe
+from qwen3next_plugin.layers_moe import RoutedExperts
 from qwen3next_plugin.spec import Qwen3NextSpec
 from qwen3next_plugin.weights import Placement
 from tests.configs import new_form
@@ -56,6 +58,44 @@ def test_ranks_add_up(spec: Qwen3NextSpec, size: int, expert_parallel: bool, sta
         mine13, mine2 = load(shard, w13, w2, stacked)
         total += fused_moe(x, mine13, mine2, weights, shard.local_ids(ids), None, None)
     torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize(("intermediate", "size"), [(512, 8), (384, 2), (256, 2)])
+def test_fp8_ranks_add_up(intermediate: int, size: int, expert_parallel: bool, stacked: bool) -> None:
+    """Blocks of 128 that a slice of 64 or 192 cuts in the middle: codes and factors land, and mean what they meant."""
+    quant = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    spec = parse_config(new_form(quantization_config=quant))
+    spec = dataclasses.replace(
+        spec, moe=dataclasses.replace(spec.moe, num_experts=8, top_k=3, intermediate_size=intermediate)
+    )
+    hidden, experts = 136, spec.moe.num_experts
+    whole13, scale13 = quantize_block(torch.randn(experts, 2 * intermediate, hidden))
+    whole2, scale2 = quantize_block(torch.randn(experts, hidden, intermediate))
+    x = torch.randn(5, hidden, dtype=torch.float64)
+    ids = torch.stack([torch.randperm(experts)[:3] for _ in range(5)]).int()
+    weights = torch.rand(5, 3, dtype=torch.float64)
+    expected = fused_moe(x, whole13, whole2, weights, ids, scale13, scale2)
+    total = torch.zeros_like(expected)
+    for rank in range(size):
+        experts_of_rank = RoutedExperts(ExpertShard(dataclasses.replace(spec, hidden_size=hidden), rank, size,
+                                                    expert_parallel), 128)  # fmt: skip
+        for name, tensor in (("w13", whole13), ("w2", whole2), ("w13_scale_inv", scale13), ("w2_scale_inv", scale2)):
+            parameter = getattr(experts_of_rank, name)
+            parameter.data.view(torch.uint8).fill_(0x7F)  # NaN as codes, huge as factors
+            placed = f"model.layers.0.mlp.experts.{name}"
+            if stacked:
+                parameter.weight_loader(parameter, tensor, Placement(placed))
+                continue
+            for expert in range(experts):
+                parts = tensor[expert].chunk(2) if name.startswith("w13") else (tensor[expert],)
+                for part, shard in zip(parts, ("gate", "up") if len(parts) == 2 else (None,), strict=True):
+                    parameter.weight_loader(parameter, part, Placement(placed, shard, expert))
+        local = experts_of_rank.shard.local_ids(ids)
+        mine = (experts_of_rank.w13, experts_of_rank.w2, weights, local)
+        total += fused_moe(x, *mine, experts_of_rank.w13_scale_inv, experts_of_rank.w2_scale_inv)
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Tensor-parallel slices: put together they are the whole, and a sliced layer computes its share of the whole layer."""
 
+from math import gcd
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.errors import WeightError
+from qwen3next_plugin.kernels.gemm import dequantize_block
 from qwen3next_plugin.weights import (
     Placement,
     check_tensor_parallel,
@@ -124,11 +128,80 @@ def test_fp8_scales_are_cut_with_their_weight(size: int) -> None:
     assert checked > 20 * size
 
 
-def test_a_cut_through_an_fp8_block_is_refused() -> None:
+@pytest.mark.parametrize(("width", "size"), [(512, 8), (384, 2), (192, 2), (128, 4)])
+def test_a_cut_through_an_fp8_block_keeps_every_value(width: int, size: int) -> None:
+    """512 over eight ranks leaves them 64, half a block; 384 over two 192, which blocks of 128 cannot tile from 192."""
+    spec = fp8_spec(block=128, moe_intermediate_size=width)
+    for name, shape, dim in (("w13", (3, 2 * width, 64), -2), ("w2", (3, 64, width), -1)):
+        if name == "w13" and width % 128:
+            continue  # gate and up share a block there, which no checkpoint does
+        fused = f"model.layers.0.mlp.experts.{name}"
+        weight = torch.randn(shape).to(torch.float8_e4m3fn)
+        scale = torch.rand(3, -(-shape[1] // 128), -(-shape[2] // 128))
+        whole = dequantised(weight, scale, 128)
+        for rank in range(size):
+            part = shard_fused(fused, weight, spec, rank, size)
+            part_scale = shard_fused(fused + "_scale_inv", scale, spec, rank, size)
+            assert part_scale.shape[dim] == part.shape[dim] // gcd(128, width // size)
+            expected = shard_fused(fused, whole, spec, rank, size)
+            if name == "w13":  # the blocks of gate and up each start anew
+                part, part_scale = part.unflatten(1, (2, -1)), part_scale.unflatten(1, (2, -1))
+                expected = expected.unflatten(1, (2, -1))
+            assert torch.equal(dequantize_block(part, part_scale), expected)
+
+
+def test_a_cut_below_the_depth_of_a_tensor_core_instruction_is_refused() -> None:
     spec = fp8_spec(block=32)
     name = "model.layers.0.mlp.experts.w13_scale_inv"
-    with pytest.raises(WeightError, match=r"experts\.w13 cannot be cut.*blocks of 32"):
+    message = r"size 2 leaves 16 rows or columns of moe_intermediate_size \(32\) to a rank.*no multiple of 32"
+    with pytest.raises(WeightError, match=message):
         shard_fused(name, torch.rand(8, 2, 2), spec, 0, 2)
+
+
+RECURRENT = [f"linear_attn.{name}" for name in ("in_proj_qkvz", "in_proj_ba", "out_proj")]
+ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+SHARED = [f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+PUBLISHED = {
+    "hidden_size": 2048,
+    "head_dim": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+
+def published_fp8(ignored: list[str], **changes: Any) -> Qwen3NextSpec:
+    """The published FP8 checkpoint's sizes and blocks, or others' of its kind."""
+    quant = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ignored}
+    return small_spec(**PUBLISHED | changes, quantization_config=quant)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_the_published_fp8_checkpoint_fits_every_size(size: int) -> None:
+    check_tensor_parallel(published_fp8(["linear_attn.in_proj_ba"]), size)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "changes", "field"),
+    [
+        ([], {}, r"leaves 4 rows or columns of linear_num_value_heads \(32\).*no multiple of 128"),
+        (RECURRENT, {"head_dim": 64}, r"leaves 64 rows or columns of num_key_value_heads \(128\)"),
+        (
+            RECURRENT,
+            {"shared_expert_intermediate_size": 128},
+            r"leaves 16 rows or columns of shared_expert_intermediate_size \(128\).*multiple of 32",
+        ),
+    ],
+)
+def test_what_fp8_blocks_cannot_be_cut_to_is_named(ignored: list[str], changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(WeightError, match=field):
+        check_tensor_parallel(published_fp8(ignored, **changes), 8)
+    check_tensor_parallel(published_fp8(RECURRENT + ATTENTION + SHARED, **changes), 8)
 
 
 @pytest.mark.parametrize(

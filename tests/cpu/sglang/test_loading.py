@@ -17,9 +17,10 @@ from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.errors import PluginError, WeightError
 from qwen3next_plugin.expert_shard import ExpertShard
+from qwen3next_plugin.layers_fp8 import Fp8Rows
 from qwen3next_plugin.sglang_integration.gdn_layer import Qwen3NextGdnLayer
 from qwen3next_plugin.sglang_integration.model import Qwen3NextForCausalLM
-from qwen3next_plugin.sglang_integration.moe import expert_block_size
+from qwen3next_plugin.sglang_integration.moe import fp8_block_size
 from qwen3next_plugin.weights import Placement, fuse_checkpoint, open_checkpoint, shard_fused
 
 from .in_process import model_config, start
@@ -77,6 +78,22 @@ def fp8_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
 def test_each_parameter_is_this_ranks_slice_of_the_fused_checkpoint(path: Path, rank: int, size: int) -> None:
+    check_slices(path, rank, size)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_slices_of_half_an_fp8_block(rank: int, tmp_path: Path) -> None:
+    """Four ranks with 64 of 256 columns each, as eight have of the published 512: SGLang's own layers refuse them."""
+    sizes = BLOCKS | {"linear_num_key_heads": 4}
+    written = write_random_checkpoint(tmp_path / "it", "tiny", fp8=True, **sizes)
+    model = check_slices(written, rank, 4)
+    shared = [module for name, module in model.named_modules() if name.endswith("shared_expert.down_proj")]
+    assert shared and all(isinstance(module, Fp8Rows) for module in shared)
+
+
+def check_slices(path: Path, rank: int, size: int) -> Qwen3NextForCausalLM:
+    """Build and load one rank's model, poisoned before, and compare each parameter with its slice."""
     spec = load_spec(path)
     with as_rank(rank, size):
         model = build(path)
@@ -97,6 +114,7 @@ def test_each_parameter_is_this_ranks_slice_of_the_fused_checkpoint(path: Path, 
             expected = shard_fused(name, whole, spec, rank, size).to(found.dtype)
         # The vocabulary is padded to whole slices.
         assert torch.equal(fp8_bytes(found[: len(expected)]), fp8_bytes(expected)), name
+    return model
 
 
 @pytest.mark.parametrize(
@@ -120,16 +138,16 @@ def test_missing_misshapen_and_unknown_tensors_are_named(path: Path, change: Any
 
 def test_experts_of_an_ignored_module_are_not_quantised() -> None:
     ignoring = Fp8Config(True, "dynamic", ["model.layers.3.mlp.experts"], weight_block_size=[128, 128])
-    assert expert_block_size(ignoring, "model.layers.3.mlp.experts") is None
-    assert expert_block_size(ignoring, "model.layers.2.mlp.experts") == 128
-    assert expert_block_size(None, "model.layers.2.mlp.experts") is None
+    assert fp8_block_size(ignoring, "model.layers.3.mlp.experts") is None
+    assert fp8_block_size(ignoring, "model.layers.2.mlp.experts") == 128
+    assert fp8_block_size(None, "model.layers.2.mlp.experts") is None
 
 
 @pytest.mark.parametrize("block", [None, [64, 64]])
 def test_other_experts_are_refused(block: list[int] | None) -> None:
     quant = Fp8Config(True, "dynamic", weight_block_size=block)
-    with pytest.raises(PluginError, match="experts of model.layers.2.mlp.experts are stored as fp8.*stock SGLang"):
-        expert_block_size(quant, "model.layers.2.mlp.experts")
+    with pytest.raises(PluginError, match="model.layers.2.mlp.experts is stored as fp8.*stock SGLang"):
+        fp8_block_size(quant, "model.layers.2.mlp.experts")
 
 
 def test_what_the_recurrent_layer_hands_to_sglang_are_its_own_parameters(path: Path) -> None:
