@@ -59,8 +59,8 @@ def shipped_folder(engine: str) -> Path:
 
 def vllm_name(experts: int, inner: int, device: str, mode: str, block: int) -> str:
     """As vLLM 0.32's `get_config_file_name` has it: one name for all of the H200 family, no space in block_shape."""
-    words = device.replace(" ", "_").split("_")
-    device = "NVIDIA_H200" if "H200" in words else "_".join(words)
+    device = re.sub(r"[\s/]+", "_", device)
+    device = "NVIDIA_H200" if "H200" in device.split("_") else device
     quantised = f",dtype=fp8_w8a8,block_shape=[{block},{block}]" if mode == "fp8" else ""
     return f"E={experts},N={inner},device_name={device}{quantised}.json"
 

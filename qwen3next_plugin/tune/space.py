@@ -32,7 +32,7 @@ class Effort:
     blocks: int
 
 
-EFFORTS = {"quick": Effort(1.3, 3, 1), "default": Effort(2.0, 8, 2), "thorough": Effort(4.0, 40, 4)}
+EFFORTS = {"quick": Effort(1.3, 3, 1), "default": Effort(2.0, 6, 2), "thorough": Effort(4.0, 40, 4)}
 
 
 @dataclass(frozen=True)
