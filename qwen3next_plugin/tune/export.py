@@ -112,24 +112,50 @@ def export(engine: str, target: Path, problem: Problem, device: str, folders: tu
             f"There is no config for {device} and {problem.file_name}: `qwen3next tune moe` on that GPU measures one."
         )
     block = min(128, problem.inner & -problem.inner)
-    found = _for_vllm if engine == "vllm" else _for_sglang
-    names, folder, variable = found(problem, device, block, target)
+    find = _for_vllm if engine == "vllm" else _for_sglang
+    groups, folder, variable = find(problem, device, block, target)
     if engine == "sglang":
         _copy_shipped(shipped, target / "configs")
     have = {path.name for path in shipped.rglob("*.json")}
-    written, left_out = [], []
-    for group in names:
-        if group[0] in have:  # a `_down` of ours beside a file of theirs would not share its block_m
-            left_out.append(group[0])
-            continue
-        for name in group:
-            write_atomically(
-                folder / name, json.dumps(_content(source, problem, name.endswith("_down.json")), indent=1)
-            )
-            written.append(folder / name)
-    if written:
-        _note(target, source, written)
+    notes = _Notes(target)
+    # a `_down` of ours beside a file of theirs would not share its block_m: a group stays together
+    left_out = [group[0] for group in groups if group[0] in have]
+    for group in groups:
+        for path in (folder / name for name in group):
+            if group[0] in have:
+                notes.remove(path)  # of ours, from before the engine shipped its own
+            else:
+                down = path.name.endswith("_down.json")
+                notes.write(path, json.dumps(_content(source, problem, down), indent=1), source)
+    notes.save()
+    written = [folder / name for group in groups if group[0] not in have for name in group]
     return Exported(tuple(written), tuple(left_out), variable)
+
+
+class _Notes:
+    """Where our files in a folder come from, for which the engines' files have no room; others are left alone."""
+
+    def __init__(self, target: Path) -> None:
+        self.target, self.path = target, target / "qwen3next.json"
+        self.known: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
+
+    def write(self, path: Path, text: str, source: Path) -> None:
+        name = str(path.relative_to(self.target))
+        if path.exists() and name not in self.known:
+            raise SettingsError(f"{path} is there and not from here: give another folder, or take it away.")
+        self.known[name] = {
+            "from": f"{source.parent.name}/{source.name}",
+            "source": read_file(source).source,
+            "note": "tiles of qwen3next-plugin's own kernel in this engine's fields; not measured on this engine's",
+        }
+        write_atomically(path, text)
+
+    def remove(self, path: Path) -> None:
+        if self.known.pop(str(path.relative_to(self.target)), None) is not None:
+            path.unlink(missing_ok=True)
+
+    def save(self) -> None:
+        write_atomically(self.path, json.dumps(self.known, indent=1) + "\n")
 
 
 def _for_vllm(problem: Problem, device: str, block: int, target: Path) -> tuple[list[list[str]], Path, str]:
@@ -155,16 +181,3 @@ def _copy_shipped(shipped: Path, target: Path) -> None:
         shutil.copytree(shipped, target, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
         raise SettingsError(f"{target} cannot be written ({error}): give another folder.") from None
-
-
-def _note(target: Path, source: Path, written: list[Path]) -> None:
-    """The engines' files have no room for where they come from."""
-    path = target / "qwen3next.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for file in written:
-        known[str(file.relative_to(target))] = {
-            "from": f"{source.parent.name}/{source.name}",
-            "source": read_file(source).source,
-            "note": "tiles of qwen3next-plugin's own kernel in this engine's fields; not measured on this engine's",
-        }
-    write_atomically(path, json.dumps(known, indent=1) + "\n")

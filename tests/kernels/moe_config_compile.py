@@ -1,6 +1,6 @@
 """Compile the grouped products with some configs for GPUs that are not here, and say what shared memory each takes.
 
-Run as a script, without TRITON_INTERPRET; launches are caught, as in compile_for_gpu.py. One JSON object goes to stdout:
+Run as a script, without TRITON_INTERPRET; launches are caught, as in compile_for_gpu.py. One JSON list goes to stdout:
 [mode, activation bytes, block_m, product (0 gate-up, 1 down), tile, capability, bytes] a compiled kernel.
 """
 
