@@ -9,9 +9,14 @@ from .errors import PluginError
 EXIT_CODE = 2
 
 
-def end_with(error: PluginError) -> NoReturn:
-    """Print the error's sentence and end the process with `EXIT_CODE`, as no ``except Exception`` can prevent."""
+def say(error: PluginError) -> None:
+    """Print the error's sentence on standard error."""
     print(f"qwen3next-plugin: {error}", file=sys.stderr, flush=True)
+
+
+def end_with(error: PluginError) -> NoReturn:
+    """Say the error's sentence and end the process with `EXIT_CODE`, as no ``except Exception`` can prevent."""
+    say(error)
     raise SystemExit(EXIT_CODE) from error
 
 

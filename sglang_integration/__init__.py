@@ -10,8 +10,9 @@ def register() -> None:
     What measures stock SGLang beside ours is there all the same.
     """
     from qwen3next_plugin.errors import PluginError, RegistrationError
-    from qwen3next_plugin.refusal import end_with
     from qwen3next_plugin.settings import read_settings
+
+    from .refusal import end
 
     try:
         settings = read_settings()
@@ -27,8 +28,8 @@ def register() -> None:
 
         activate(settings)
     except PluginError as error:
-        end_with(error)
+        end(error)
     except Exception as error:
         found = f"{type(error).__name__}: {error}".rstrip(".")
         remedy = "reinstall qwen3next-plugin and sglang, or set QWEN3NEXT_PLUGIN=0 to run the stock engine"
-        end_with(RegistrationError(f"registering with SGLang failed ({found}): {remedy}."))
+        end(RegistrationError(f"registering with SGLang failed ({found}): {remedy}."))

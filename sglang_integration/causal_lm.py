@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from qwen3next_plugin.weights_map import Scope
 
 from .loading import load_weights
+from .refusal import refusing
 from .spec import spec_of
 
 
@@ -35,6 +36,7 @@ class CausalLM(nn.Module):
     # A directory without safetensors is an error, not a reason to unpickle.
     fall_back_to_pt_during_load = False
 
+    @refusing
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
@@ -60,6 +62,7 @@ class CausalLM(nn.Module):
         hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
+    @refusing
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_weights(self, weights, self.spec, self.scope)
 

@@ -16,11 +16,10 @@ import sglang
 import torch
 
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
-from qwen3next_plugin.errors import PluginError, RegistrationError
-from qwen3next_plugin.refusal import end_with
+from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.settings import Settings
 
-from .refusal import refuse
+from .refusal import end, refusing
 
 _MODELS = {
     "Qwen3NextForCausalLM": (f"{__package__}.model", "Qwen3NextForCausalLM"),
@@ -137,15 +136,11 @@ def _register_hooks() -> None:
 
 def _guarded(hook: Callable[..., Any], subject: int) -> Callable[..., Any]:
     """The hook, refusing what it raises, and answering the probe where argument number ``subject`` would be a model."""
+    hook = refusing(hook)
 
     @functools.wraps(hook)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if args[subject : subject + 1] == (_PROBE,):
-            return _PROBE
-        try:
-            return hook(*args, **kwargs)
-        except PluginError as error:
-            refuse(error)
+        return _PROBE if args[subject : subject + 1] == (_PROBE,) else hook(*args, **kwargs)
 
     return guarded
 
@@ -159,7 +154,7 @@ def _verify_after(registry: Any) -> None:
         try:
             verify()
         except RegistrationError as error:
-            end_with(error)
+            end(error)
 
     registry.apply_hooks = staticmethod(apply_and_verify)
 
