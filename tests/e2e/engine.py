@@ -168,7 +168,7 @@ class Engine(ABC):
 
     @abstractmethod
     def small_pool(self) -> list[str]:
-        """Flags of a cache that cannot hold eight conversations of 190 tokens at once."""
+        """Flags of a cache that cannot hold eight conversations of 160 tokens at once."""
 
     @abstractmethod
     def inside(self, setup: Setup, tight: bool = False) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class SglangEngine(Engine):
         return server.counts["retractions"]
 
     def small_pool(self) -> list[str]:
-        return [*_SMALL_POOL, "--max-total-tokens", "700"]
+        return [*_SMALL_POOL, "--max-total-tokens", "500"]
 
     def inside(self, setup: Setup, tight: bool = False) -> dict[str, Any]:
         flags = self.flags(setup) + [*_SMALL_POOL, "--max-total-tokens", "560"] * tight
