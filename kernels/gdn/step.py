@@ -1,7 +1,7 @@
 """One Gated DeltaNet step over a mixed batch: which rows run chunked, which run token by token.
 
 Engines describe a step with up to three row sets. Rows are token ranges of the flat batch, so prefill, decode and
-verify rows may lie in any order and no token is gathered or copied.
+verify rows may lie in any order and no token is gathered or copied. A step of which every row decodes is one launch.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def _decoded(token, query_start, query_end, slots, slots_stride, num_rows, BLOCK
 
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "slots_stride"])
-def _decode_kernel(
+def _gdn_decode_kernel(
     qkv,
     z,
     a,
@@ -262,7 +262,7 @@ def gdn_decode_fused(
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
-    _decode_kernel[(max(rows, tokens) * num_k_heads,)](
+    _gdn_decode_kernel[(max(rows, tokens) * num_k_heads,)](
         mixed_qkv,
         z,
         a,

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from tests.helpers import engine_environment
 
-KERNELS = ("_prefill_kernel", "_update_kernel", "_chunk_kernel", "_walk_kernel", "_recurrent_kernel", "_decode_kernel")
+KERNELS = (
+    "_prefill_kernel",
+    "_update_kernel",
+    "_chunk_kernel",
+    "_walk_kernel",
+    "_recurrent_kernel",
+    "_gdn_decode_kernel",
+)
 SHARED_MEMORY = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}  # bytes a block may have on an H200, on an A100
 
 

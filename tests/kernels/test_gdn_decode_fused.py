@@ -119,7 +119,7 @@ def check(
 ) -> None:
     tokens, taps = layer.tokens, layer.conv_weight.shape[1] - 1
     dtype, device = tokens.mixed_qkv.dtype, tokens.device
-    slots = 6 if snapshots is None else 12
+    slots = max(6, len(rows)) if snapshots is None else 12
     windows, state = layer.windows(slots, taps + spare_columns, dtype, layout), tokens.state(slots, state_dtype, layout)
     running = [(n, start, slot) for n, (start, end, slot) in enumerate(rows) if slot >= 0 and end > start]
     fill_slots(windows, [slot for _, _, slot in running])
@@ -299,7 +299,23 @@ def test_bad_arguments_are_named(change: dict[str, Tensor], message: str) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(16, 32), (8, 16), (4, 8)])
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 64])
 def test_real_shapes(rows: int, heads: tuple[int, int], state_dtype: torch.dtype, device: str) -> None:
     layer = make_layer(rows, device, heads, (128, 128), torch.bfloat16)
     check(layer, [(t, t + 1, t) for t in range(rows)], None, state_dtype=state_dtype, layout="pages")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_times_the_same(state_dtype: torch.dtype, device: str) -> None:
+    """From the same states, with windows in vLLM's layout: what one program moved, no other may have read."""
+    layer = make_layer(24, device, (16, 32), (128, 128), torch.bfloat16)
+    windows, state = layer.windows(24, 3, torch.bfloat16, "transposed"), layer.tokens.state(24, state_dtype)
+    fill_slots(windows, range(24))
+    fill_slots(state, range(24))
+    first: list[Tensor] = []
+    for _ in range(1000):
+        own = clone_layout(windows), clone_layout(state)
+        results = (run(layer, *own, [(t, t + 1, t) for t in range(24)], None), *own)
+        first = first or [result.clone() for result in results]
+        assert all(torch.equal(one, other) for one, other in zip(first, results, strict=True))
