@@ -7,7 +7,9 @@ their own with TRITON_INTERPRET=0.
 """
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_sessionfinish() -> None:
+    """Tell a proof which of the project's files were imported."""
+    if target := os.environ.get("PROOF_IMPORTS"):
+        root = Path(__file__).resolve().parent.parent
+        files = {Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+        ours = [
+            file.resolve().relative_to(root) for file in files if file.is_absolute() and root in file.resolve().parents
+        ]
+        # An environment in this folder is not the project.
+        Path(target).write_text("\n".join(sorted(str(file) for file in ours if not file.parts[0].startswith("."))))
 
 
 @pytest.fixture(autouse=True)

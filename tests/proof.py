@@ -1,9 +1,9 @@
 """Run the long proofs (PROOF=1) and write what came out to benchmarks/results/cpu/proof.json.
 
 `python tests/proof.py [pytest arguments]`: every test that takes a long form, each in a process of its own, as many at
-once as there are cores. The file is written after each; a test that passed on the same sources with the same versions
-is not run again, so a proof may be interrupted, and continued in another engine's environment for that engine's own.
-Exit code 0 if all that ran passed.
+once as there are cores. The file is written after each; a test is not run again while the project's files that it
+imported are as they were when it passed, so a proof may be interrupted, and continued in another engine's environment
+for that engine's own. Exit code 0 if all that ran passed.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -39,14 +40,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def sources() -> str:
-    """One hash of every tracked Python file but the end-to-end tests: what a proof was about."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
-    digest = hashlib.sha256()
-    for name in sorted(listed.stdout.split()):
-        if not name.startswith("tests/e2e/"):
-            digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
-    return digest.hexdigest()[:16]
+def digest(files: list[str]) -> str:
+    """One hash of what these files of the project hold now."""
+    found = hashlib.sha256()
+    for name in files:
+        path = ROOT / name
+        found.update(name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b""))
+    return found.hexdigest()[:16]
+
+
+def is_proven(row: dict[str, Any] | None) -> bool:
+    """Whether a test passed, and what it imported has not changed since."""
+    return row is not None and row["passed"] and row["sources"] == digest(row["files"].split())
 
 
 def long_tests(arguments: list[str]) -> list[str]:
@@ -62,33 +67,36 @@ def long_tests(arguments: list[str]) -> list[str]:
 def prove(test: str) -> dict[str, Any]:
     """Run one test; what came out of it."""
     began = time.monotonic()
-    command = [*PYTEST, "-q", "--hypothesis-show-statistics", test]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    examples = re.search(r"(\d+) passing examples", done.stdout)
+    with tempfile.NamedTemporaryFile("r") as imported:
+        command = [*PYTEST, "-q", "--hypothesis-show-statistics", test]
+        environment = os.environ | ENVIRONMENT | {"PROOF_IMPORTS": imported.name}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        files = imported.read().split()
+    examples = re.findall(r"- (\d+) passing, ", done.stdout)
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     return {
         "passed": done.returncode == 0,
-        "examples": int(examples[1]) if examples else None,
+        "examples": sum(map(int, examples)),
         "seconds": round(time.monotonic() - began),
+        "versions": versions(),
+        "sources": digest(files),
+        "files": " ".join(files),
     }
 
 
 def main() -> int:
     """Run what is not proven yet, and say where it was written."""
-    mark = {"sources": sources(), "versions": versions()}
     held: dict[str, Any] = json.loads(RESULT.read_text())["tests"] if RESULT.is_file() else {}
     tests = long_tests(sys.argv[1:])
-    # What was proven on other sources says nothing about these.
-    held = {test: row for test, row in held.items() if row["sources"] == mark["sources"]}
-    due = [test for test in tests if not (test in held and held[test]["passed"])]
-    print(f"{len(tests)} tests have a long form, {len(due)} of them are not proven on these sources yet.", flush=True)
+    due = [test for test in tests if not is_proven(held.get(test))]
+    print(f"{len(tests)} tests have a long form, {len(due)} of them are not proven as the sources are now.", flush=True)
     writing = Lock()
 
     def work(test: str) -> bool:
         row = prove(test)
         with writing:
-            held[test] = row | mark
+            held[test] = row
             content = {"command": "make proof", "cores": os.cpu_count(), "tests": dict(sorted(held.items()))}
             RESULT.parent.mkdir(parents=True, exist_ok=True)
             unfinished = RESULT.with_suffix(".part")
