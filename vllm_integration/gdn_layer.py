@@ -22,9 +22,7 @@ from qwen3next_plugin.layers import GdnParts
 from qwen3next_plugin.layers_base import ParallelLayers
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
-
-GDN_CORE_OP = "vllm::qwen3next_plugin_gdn_core"
-"""Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it is not captured with the rest."""
+from .names import GDN_CORE_OP
 
 
 def gdn_state_shape(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

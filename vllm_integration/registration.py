@@ -7,6 +7,8 @@ import vllm
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
 from qwen3next_plugin.settings import Settings
 
+from .names import GDN_CORE_OP
+
 PACKAGE = __package__
 _MAMBA = "model_executor.layers.mamba.mamba_utils"
 
@@ -61,9 +63,8 @@ def activate(settings: Settings) -> None:
     MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = CheckedCheckpoint
     config_parsers._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CheckedConfigParser
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = RopeCompletingConvertor
-    gdn_core = "vllm::qwen3next_plugin_gdn_core"
-    if gdn_core not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(gdn_core)
+    if GDN_CORE_OP not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(GDN_CORE_OP)
     if current_platform.is_cpu():
         from .cpu_mamba import register_cpu_kernels
 

@@ -34,7 +34,7 @@ def test_the_registry_holds_this_plugins_classes(name: str) -> None:
 def test_the_core_splits_piecewise_graphs_once() -> None:
     from vllm.config import CompilationConfig
 
-    from qwen3next_plugin.vllm_integration.gdn_layer import GDN_CORE_OP
+    from qwen3next_plugin.vllm_integration.names import GDN_CORE_OP
     from qwen3next_plugin.vllm_integration.registration import activate
 
     for _ in range(2):

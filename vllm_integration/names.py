@@ -1,0 +1,4 @@
+"""What is named in one place for modules of this folder that do not import each other."""
+
+GDN_CORE_OP = "vllm::qwen3next_plugin_gdn_core"
+"""Splits vLLM's piecewise CUDA graphs: its work depends on the step's rows, so it is not captured with the rest."""
