@@ -13,6 +13,15 @@ TRAINED = 262144
 MILLION = 4 * TRAINED
 GUIDE = json.loads('{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}}')
 YARN = GUIDE["rope_scaling"]
+# What a checkpoint of ours and "factor 4" leave open.
+COMPLETED = {
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "attention_factor": pytest.approx(1.1386294361119891, rel=1e-12),
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
+}
 
 # request, what the sentence has to name, the factor of the right dict
 WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], float]] = {

@@ -155,7 +155,8 @@ def test_what_the_recurrent_layer_hands_to_sglang_are_its_own_parameters(path: P
     layers = [module for module in model.modules() if isinstance(module, Qwen3NextGdnLayer)]
     assert layers
     for layer in layers:
-        attn = layer.attn
-        assert (attn.conv_weights, attn.A_log, attn.dt_bias) == (layer.conv1d.weight, layer.A_log, layer.dt_bias)
-        assert attn.A_log.dtype is attn.dt_bias.dtype is torch.float32
-        assert attn.conv_weights.shape == (load_spec(path).gdn.conv_dim, 4)
+        given = layer.attn.core_parameters()
+        assert given.conv_weight is layer.conv1d.weight and given.norm_weight is layer.norm.weight
+        assert given.A_log is layer.A_log and given.dt_bias is layer.dt_bias
+        assert given.A_log.dtype is given.dt_bias.dtype is torch.float32
+        assert given.conv_weight.shape == (load_spec(path).gdn.conv_dim, 4)

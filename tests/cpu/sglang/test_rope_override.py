@@ -15,16 +15,9 @@ from qwen3next_plugin.rope import build_cos_sin
 from qwen3next_plugin.sglang_integration import spec as model_spec
 from qwen3next_plugin.sglang_integration.spec import cos_sin_table, spec_of
 from tests.configs import new_form, old_form
-from tests.wrong_ropes import MILLION, TRAINED, WRONG, YARN, assert_refused, printed_dict
+from tests.wrong_ropes import COMPLETED, MILLION, TRAINED, WRONG, YARN, assert_refused, printed_dict
 
-WHOLE = YARN | {
-    "rope_theta": 1e7,
-    "partial_rotary_factor": 0.25,
-    "attention_factor": pytest.approx(1.1386294361119891, rel=1e-12),
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": True,
-}
+WHOLE = YARN | COMPLETED
 PLAIN = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 FORMS = {
     "published": config_of("80b"),

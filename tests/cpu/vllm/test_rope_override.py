@@ -15,18 +15,11 @@ from qwen3next_plugin.demo.random import write_random_checkpoint
 from qwen3next_plugin.errors import ConfigError, SettingsError
 from qwen3next_plugin.rope import build_cos_sin
 from qwen3next_plugin.vllm_integration.spec import cos_sin_table, spec_of
-from tests.wrong_ropes import assert_refused
+from tests.wrong_ropes import COMPLETED, assert_refused
 
 TRAINED = 256
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
-WHOLE = YARN | {
-    "rope_theta": 1e7,
-    "partial_rotary_factor": 0.25,
-    "attention_factor": pytest.approx(1.1386294361119891, rel=1e-12),
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": True,
-}
+WHOLE = YARN | COMPLETED
 
 
 @pytest.fixture(scope="module")
