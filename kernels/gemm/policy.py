@@ -1,22 +1,25 @@
-"""When activations are rounded to FP8 before a product with FP8 weights.
+"""What a GPU does with FP8 weights: whether activations are rounded to FP8 too, and who converts the weights.
 
 Few rows: the product waits for the weights' bytes, so rounding x saves nothing and costs accuracy; weights are widened
 to x's dtype in registers (exactly) and the block factors are applied to the float32 partial sums. Many rows: the
 product is bound by the tensor cores, which are twice as fast in FP8, so x is rounded by groups of 1x128 where the GPU
-has them.
+has them. GPUs without FP8 units (compute capability 8.0 to 8.8) have no FP8 conversion either, and Triton refuses the
+type there: the kernels read such weights as bytes and widen them by bit operations, activations are never rounded.
 """
 
 import functools
 
 import torch
 
+MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
+FP8_CAPABILITY = (8, 9)
 MIN_ROWS = 64  # rows (of one expert, in a grouped product) from which FP8 arithmetic is used
 
 
 @functools.lru_cache
 def has_fp8_units(device: torch.device) -> bool:
     """Whether the GPU multiplies FP8 E4M3 in hardware (compute capability 8.9 and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def quantizes_activations(rows: int, device: torch.device) -> bool:
@@ -24,18 +27,43 @@ def quantizes_activations(rows: int, device: torch.device) -> bool:
     return rows >= MIN_ROWS and has_fp8_units(device)
 
 
+def decodes_weights(device: torch.device) -> bool:
+    """Whether kernels widen FP8 weights by bit operations, for want of a conversion on `device`."""
+    return device.type == "cuda" and not has_fp8_units(device)
+
+
+def weight_codes(weight: torch.Tensor) -> torch.Tensor:
+    """FP8 weights as kernels take them: as they are, or a view of their bytes where `decodes_weights`.
+
+    Raises ValueError for a GPU without bf16 tensor cores, which the widened weights would have to meet.
+    """
+    if not decodes_weights(weight.device):
+        return weight
+    if weight.is_cuda:
+        _require(weight.device, MIN_CAPABILITY, "FP8 weights need", "use the bf16 checkpoint on another one")
+    return weight.view(torch.uint8)
+
+
 def require_fp8_units(device: torch.device) -> None:
-    """Raise ValueError for a GPU without FP8 conversions, where Triton would fail while compiling."""
-    if device.type == "cuda" and not has_fp8_units(device):
-        major, minor = torch.cuda.get_device_capability(device)
+    """Raise ValueError for a GPU that cannot round to FP8, where Triton would fail while compiling."""
+    if device.type == "cuda":
+        remedy = "leave quantize_activations out there"
+        _require(device, FP8_CAPABILITY, "rounding activations to FP8 needs", remedy)
+
+
+def _require(device: torch.device, least: tuple[int, int], what: str, remedy: str) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < least:
         raise ValueError(
-            f"FP8 weights need a GPU of compute capability 8.9 or later; {torch.cuda.get_device_name(device)} has "
-            f"{major}.{minor}: use the bf16 checkpoint there"
+            f"{what} a GPU of compute capability {least[0]}.{least[1]} or later; "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: {remedy}"
         )
 
 
 def activation_text() -> str:
     """One phrase saying what the present GPU does, for the activation log line."""
-    if torch.cuda.is_available() and has_fp8_units(torch.device("cuda", torch.cuda.current_device())):
+    if not torch.cuda.is_available():
+        return "FP8 weights: activations kept"
+    if has_fp8_units(torch.device("cuda", torch.cuda.current_device())):
         return f"FP8 weights: activations kept below {MIN_ROWS} rows, FP8 by 1x128 groups from there"
-    return "FP8 weights: activations kept"
+    return "FP8 weights: no FP8 units here, widened in the kernels, activations kept"

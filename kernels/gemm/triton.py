@@ -5,8 +5,21 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
-from .policy import require_fp8_units
+from .policy import require_fp8_units, weight_codes
 from .reference import FP8, FP8_MAX, GROUP, block_size
+
+
+@triton.jit
+def decode_e4m3(codes):
+    """The float32 values of E4M3 codes given as bytes, exact; 0x7F and 0xFF are NaN, and there is no infinity.
+
+    Exponent and mantissa go to the low bits of float32's, whose bias is 120 larger: a product with 2**120 makes up for
+    it, for codes below the smallest normal one too, since these are float32's own subnormals until then.
+    """
+    bits = codes.to(tl.int32)
+    magnitude = bits & 0x7F
+    value = ((magnitude << 20) | ((bits & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(magnitude == 0x7F, float("nan"), value)
 
 
 @triton.jit
@@ -36,8 +49,8 @@ def scaled_product(
     second tile's weights and scales lie `second_offset` and `second_scale_offset` further on. FP8 weights carry a
     factor every SCALE_K columns (w_scale_ptrs [BLOCK_N]), FP8 activations one every GROUP_K (a_scale_ptrs [BLOCK_M]);
     BLOCK_K divides both, so a factor is constant over a step and is applied to the float32 partial sum. With FP8
-    weights and wider activations the weights are widened to the activations' type, which is exact. UPCAST multiplies in
-    float32, for the interpreter, which cannot do arithmetic in bf16.
+    weights, which may come as bytes, and wider activations the weights are widened to the activations' type, which is
+    exact. UPCAST multiplies in float32, for the interpreter, which cannot do arithmetic in bf16.
     """
     ks = tl.arange(0, BLOCK_K)
     first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -48,6 +61,10 @@ def scaled_product(
         w = tl.load(w_ptrs + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
         if DUAL:
             w2 = tl.load(w_ptrs + second_offset + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
+        if w.dtype == tl.uint8:
+            w = decode_e4m3(w)
+            if DUAL:
+                w2 = decode_e4m3(w2)
         if UPCAST:
             a = a.to(tl.float32)
         if UPCAST or (W_FP8 and not A_FP8):
@@ -118,6 +135,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((rows, cols), dtype=FP8, device=x.device)
     scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
     if codes.numel():
+        require_fp8_units(x.device)
         _quantize_tokens_kernel[(rows, groups)](
             x,
             codes,
@@ -192,9 +210,8 @@ def block_fp8_matmul(
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    require_fp8_units(x.device)
     scale_n, scale_k = block_size(weight, scale_inv)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = weight_codes(weight if weight.stride(1) == 1 else weight.contiguous())
     scale_inv = scale_inv.contiguous()
     upcast = interpreting() and not x.is_cuda
     if quantize_activations:

@@ -1,11 +1,13 @@
-"""Compile the norm, rope, MoE and FP8 kernels for a Hopper GPU on a machine that has none.
+"""Compile the norm, rope, MoE and FP8 kernels for a GPU on a machine that has none.
 
-Run as a process of its own, without TRITON_INTERPRET. Triton is given a driver that only names its target, and every
-launch stops after compilation; the launches are those of the real model's sizes. Prints one JSON object: kernel name ->
-the most shared memory (bytes) one of its variants uses.
+Run as a process of its own, without TRITON_INTERPRET, with the compute capability as argument: 90 or 80, where FP8
+weights are read as bytes and activations are never rounded. Triton is given a driver that only names its target, and
+every launch stops after compilation; the launches are those of the real model's sizes. Prints one JSON object: kernel
+name -> the most shared memory (bytes) one of its variants uses.
 """
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from qwen3next_plugin.kernels.gemm import policy
 from qwen3next_plugin.kernels.gemm import triton as gemm
 from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.norm import triton as norm
 from qwen3next_plugin.kernels.rope import triton as rope
 
+CAPABILITY = int(sys.argv[1])
+ROUNDED = (False, True) if CAPABILITY >= 89 else (False,)
 SHARED: dict[str, int] = {}
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 512, 8, 2  # fewer experts than the model: their number is no compile-time value
 
@@ -26,7 +31,7 @@ class NamesTargetOnly:
     """The little of a Triton driver that compilation asks for."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", CAPABILITY, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -62,26 +67,28 @@ def launch_all(dtype: torch.dtype) -> None:
     moe.add_shared_expert(x, x, x, weight[None])
     codes, scale = torch.zeros(1024, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(8, 16)
     for rows in (8, 128):
-        for rounded in (False, True):
+        for rounded in ROUNDED:
             gemm.block_fp8_matmul(torch.zeros(rows, HIDDEN, dtype=dtype), codes, scale, rounded)
 
 
 def launch_experts(dtype: torch.dtype, tokens: int) -> None:
-    """The experts in `dtype`, with FP8 weights, and with FP8 activations too."""
+    """The experts in `dtype`, with FP8 weights, and with FP8 activations too; on one rank and on the last of eight."""
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
-    w13, w2 = torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, INNER, dtype=dtype)
     router, ids = torch.zeros(tokens, TOP_K), torch.zeros(tokens, TOP_K, dtype=torch.int32)
-    moe.fused_moe(x, w13, w2, router, ids, None, None, False)
-    codes = w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)
-    for rounded in (False, True):
-        scales = torch.zeros(EXPERTS, 8, 16), torch.zeros(EXPERTS, 16, 4)
-        moe.fused_moe(x, *codes, router, ids, *scales, rounded)
+    for inner in (INNER, INNER // 8):
+        w13, w2 = torch.zeros(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, inner, dtype=dtype)
+        moe.fused_moe(x, w13, w2, router, ids, None, None, False)
+        codes, blocks = (w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)), -(-inner // 128)
+        scales = torch.zeros(EXPERTS, 2 * blocks, 16), torch.zeros(EXPERTS, 16, blocks)
+        for rounded in ROUNDED:
+            moe.fused_moe(x, *codes, router, ids, *scales, rounded)
 
 
 def main() -> None:
     """Compile, then print the JSON object."""
     driver.set_active(NamesTargetOnly())
     JITFunction.run = compile_only(JITFunction.run)
+    policy.decodes_weights = lambda device: CAPABILITY < 89
     launch_all(torch.bfloat16)
     for tokens in (1, 1000):  # the first and the last row of the table of tile sizes
         launch_experts(torch.bfloat16, tokens)

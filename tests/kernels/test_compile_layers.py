@@ -1,9 +1,11 @@
-"""The interpreter accepts what a GPU's compiler refuses, so these kernels are compiled for a Hopper GPU without one."""
+"""The interpreter accepts what a GPU's compiler refuses, so these kernels are compiled for GPUs without having one."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.helpers import engine_environment
 
@@ -14,9 +16,10 @@ _count_kernel _place_kernel _grouped_kernel _weighted_sum_kernel _quantize_token
 """
 
 
-def test_every_kernel_compiles_and_fits() -> None:
+@pytest.mark.parametrize("capability", [90, 80])
+def test_every_kernel_compiles_and_fits(capability: int) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_layers"],
+        [sys.executable, "-m", "tests.kernels.compile_layers", str(capability)],
         cwd=Path(__file__).resolve().parents[2],
         env=engine_environment(),
         capture_output=True,
@@ -25,5 +28,5 @@ def test_every_kernel_compiles_and_fits() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     shared = json.loads(result.stdout.splitlines()[-1])
-    assert set(shared) == set(KERNELS.split())
+    assert set(shared) == set(KERNELS.split()) - ({"_quantize_tokens_kernel"} if capability < 89 else set())
     assert all(size <= SMALLEST_SHARED_MEMORY for size in shared.values()), shared

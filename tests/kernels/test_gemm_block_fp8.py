@@ -121,15 +121,6 @@ def test_activations_are_kept_on_a_cpu_and_for_few_rows(monkeypatch: pytest.Monk
     assert not policy.quantizes_activations(policy.MIN_ROWS - 1, gpu)
 
 
-def test_a_gpu_without_fp8_units_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "has_fp8_units", lambda device: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    with pytest.raises(ValueError, match="8.9 or later; Some GPU has 8.0"):
-        policy.require_fp8_units(torch.device("cuda", 0))
-    policy.require_fp8_units(torch.device("cpu"))
-
-
 def test_wrong_arguments() -> None:
     weight, scale = gemm.quantize_block(torch.randn(16, 32))
     with pytest.raises(ValueError, match=r"x is \[4, 31\] and weight is \[16, 32\]"):

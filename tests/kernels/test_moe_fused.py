@@ -60,6 +60,7 @@ def problem(
     weights: str = "float",
     dtype: torch.dtype = torch.float32,
     block: int = 128,
+    inner_block: int | None = None,
 ) -> Problem:
     tokens, top_k = ids.shape
     device = ids.device
@@ -69,8 +70,9 @@ def problem(
     router = torch.rand(tokens, top_k, device=device) + 0.1
     if weights == "float":
         return Problem((x, w13, w2, router, ids, None, None), False)
-    halves, s13 = gemm.quantize_block(w13.unflatten(1, (2, -1)), (block, block))
-    q2, s2 = gemm.quantize_block(w2, (block, block))
+    inner_block = inner_block or block
+    halves, s13 = gemm.quantize_block(w13.unflatten(1, (2, -1)), (inner_block, block))
+    q2, s2 = gemm.quantize_block(w2, (block, inner_block))
     tensors = (x, halves.flatten(1, 2), q2, router, ids, s13.flatten(1, 2), s2)
     return Problem(tensors, weights == "fp8 activations")
 
@@ -158,6 +160,24 @@ def test_tensor_parallel_shards_add_up(backend: str, device: str) -> None:
         part2 = w2[:, :, rows].contiguous()
         parts.append(moe.fused_moe(x, part13, part2, router, ids, scale13, s2[:, :, block], backend=backend))
     assert_close(parts[0] + parts[1], whole.expected(), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", ["fp8", "fp8 activations"])
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize(("inner", "inner_block"), [(64, 64), (192, 64)])
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy rounds rows that no pair uses
+def test_slices_of_part_of_a_block(
+    inner: int, inner_block: int, tokens: int, weights: str, backend: str, device: str
+) -> None:
+    """As ranks hold them that cut 128-blocks: I = 512 over eight is 64; every token to expert 2, which has company."""
+    ids = random_ids(tokens, 4, 2, device)
+    ids[:, 0], ids[:, 1] = 2, torch.where(ids[:, 1] == 2, -1, ids[:, 1])
+    case = problem(ids, 4, 160, inner, weights, torch.bfloat16, inner_block=inner_block)
+    assert list(case.tensors[5].shape) == [4, 2 * inner // inner_block, 2]
+    assert list(case.tensors[6].shape) == [4, 2, inner // inner_block]
+    assert_close(case.run(backend), case.expected(), case.limit(backend, device))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -54,7 +54,7 @@ def test_ranks_add_up(width: int, size: int) -> None:
         mlp = GatedMLP(HIDDEN, width, layers(rank, size), "model.layers.0.mlp.shared_expert", reduce_results=False)
         for parameter in mlp.parameters():
             parameter.data.view(torch.uint8).fill_(0x7F)
-        found = dict(mlp.named_parameters())
+        found: dict[str, Any] = dict(mlp.named_parameters())
         for i, (codes, factors) in enumerate(parts.values()):
             for name, tensor in (("weight", codes), ("weight_scale_inv", factors)):
                 parameter = found[f"gate_up_proj.{name}"]
