@@ -11,7 +11,8 @@ from .surroundings import Surroundings
 
 _CHECK = "from qwen3next_plugin.cli import main; main()"
 WITH_MTP = "with MTP layer"  # part of what `check` says
-_FP8_CAPABILITY = (8, 9)
+_FP8_CAPABILITY = (8, 9)  # multiplies FP8; below, weights are widened to bf16
+_WIDENED_CAPABILITY = (8, 0)
 
 
 def read_config(s: Surroundings) -> dict[str, Any]:
@@ -112,5 +113,13 @@ def fits(s: Surroundings) -> Iterator[Finding]:
     for gpu in s.gpus[:1]:
         if quantised == "fp8" and gpu.capability and gpu.capability < _FP8_CAPABILITY:
             have = ".".join(map(str, gpu.capability))
-            found = f"FP8 weights need compute capability 8.9, {gpu.name} has {have}"
-            yield error("fp8", found, "use the bf16 checkpoint, or another GPU")
+            if gpu.capability < _WIDENED_CAPABILITY:
+                found = f"FP8 weights need compute capability 8.0, {gpu.name} has {have}"
+                yield error("fp8", found, "use another GPU")
+                continue
+            yield warning(
+                "fp8",
+                f"{gpu.name} (compute capability {have}) has no FP8 units: FP8 weights are widened to bf16 when "
+                "read, experts by this plugin, other layers by the engine's Marlin kernels; no such GPU was tried",
+                "use the bf16 checkpoint where it fits, which takes no widening",
+            )

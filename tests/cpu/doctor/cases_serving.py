@@ -25,6 +25,11 @@ def _fp8_on_ampere(place: Place) -> None:
     place.config(quantization_config={"quant_method": "fp8"})
 
 
+def _fp8_on_turing(place: Place) -> None:
+    place.gpus("Tesla T4, 7.5, 15360, 580.95.05")
+    place.config(quantization_config={"quant_method": "fp8"})
+
+
 def _more_than_memory(place: Place) -> None:
     place.gpus("NVIDIA H200, 9.0, 1024, 580.95.05")
     with (place.config() / "model.safetensors").open("wb") as file:
@@ -245,5 +250,6 @@ CASES = {
     "MTP announced and absent": Case(_announced_mtp, "warning", "mtp", "there is no mtp.* tensor", "without MTP flags"),
     "check says no": Case(_wrong_checkpoint, "error", "checkpoint", "head_dim is 33", "give an even number"),
     "more than the memory": Case(_more_than_memory, "warning", "memory", "take 2 GiB, the GPUs have 1 GiB", "FP8"),
-    "FP8 on Ampere": Case(_fp8_on_ampere, "error", "fp8", "A100-SXM4-80GB has 8.0", "bf16"),
+    "FP8 on Ampere": Case(_fp8_on_ampere, "warning", "fp8", "8.0) has no FP8 units: FP8 weights are widened", "bf16"),
+    "FP8 on Turing": Case(_fp8_on_turing, "error", "fp8", "need compute capability 8.0, Tesla T4 has 7.5", "GPU"),
 }
