@@ -50,7 +50,7 @@ def catch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool = False,
     source = ASTSource(self, signature, constants, attributes)
     size = keywords
     tile = [size["BLOCK_N"], size["BLOCK_K"], values["num_warps"], values["num_stages"]]
-    for capability in (90,) if size["A_FP8"] else (89, 90) if size["W_FP8"] else (80, 90):
+    for capability in (90, 100) if size["A_FP8"] else (89, 90) if size["W_FP8"] else (80, 90):
         found = triton.compile(source, GPUTarget("cuda", capability, 32), values)
         mode, taken = "fp8" if size["W_FP8"] else "bf16", found.metadata.shared
         product = 0 if size["SWIGLU"] else 1

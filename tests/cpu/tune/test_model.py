@@ -46,7 +46,7 @@ def test_what_cannot_run_is_ruled_out(gpu: space.Gpu, mode: str) -> None:
             for tile in tiles_of(product):
                 allowed = (
                     shared_memory(gpu, product, block_m, tile) <= gpu.shared_memory
-                    and registers(gpu, product, block_m, tile) <= 255
+                    and registers(gpu, product, block_m, tile) <= 264
                     and (product.scale_depth is None or tile.block_k <= product.scale_depth)
                     and not (asynchronous(gpu, block_m, tile) and tile.block_n < 64)
                 )

@@ -12,7 +12,7 @@ from qwen3next_plugin.tune.model import shared_memory
 from qwen3next_plugin.tune.problem import Problem
 from tests.helpers import engine_environment
 
-GPUS = {80: KNOWN["a100"], 89: KNOWN["rtx-4090"], 90: KNOWN["h200"]}
+GPUS = {80: KNOWN["a100"], 89: KNOWN["rtx-4090"], 90: KNOWN["h200"], 100: KNOWN["b200"]}
 
 
 def test_shared_memory_is_never_underestimated_and_hardly_over(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_shared_memory_is_never_underestimated_and_hardly_over(tmp_path: Path) -
     )
     assert run.returncode == 0, run.stderr[-3000:]
     compiled = json.loads(run.stdout.splitlines()[-1])
-    assert len(compiled) == 2 * 2 * (2 + 2 + 1)
+    assert len(compiled) == 2 * 2 * (2 + 2 + 2)
     for mode, activation_bytes, block_m, product, sizes, capability, taken in compiled:
         gpu = replace(GPUS[capability], capability=divmod(capability, 10))
         shape = Problem(4, 4, 2, 512, 256, mode).products(activation_bytes)[product]
