@@ -15,14 +15,15 @@ def pytest_runs(*arguments: str) -> list[tuple[str, str]]:
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     lines = sorted(done.stdout.splitlines(), key=lambda line: not line.startswith("   vllm |"))
     commands = [line.split(" -m pytest ") for line in lines if " -m pytest " in line]
-    return [(before.split()[-1].removesuffix("/bin/python"), after.split()[0]) for before, after in commands]
+    runs = [(before.split()[-1].removesuffix("/bin/python"), after.strip()) for before, after in commands]
+    return [(environment, tests if "quick" in tests else tests.split()[0]) for environment, tests in runs]
 
 
 def test_each_engine_has_its_environment() -> None:
     assert pytest_runs("test") == [
         *((".venv/vllm", tests) for tests in ("tests", "tests/e2e")),
         *((".venv/sglang", tests) for tests in ("tests/cpu/sglang", "tests/e2e")),
-        *((".venv/sglang-next", tests) for tests in ("tests/cpu/sglang", "tests/e2e/test_golden.py")),
+        *((".venv/sglang-next", tests) for tests in ("tests/cpu/sglang", "tests/e2e -m quick")),
     ]
 
 
