@@ -48,7 +48,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return shipped, extended
 
 
-@pytest.fixture(scope="module", params=[pytest.param("shortcut", marks=pytest.mark.quick), "overrides"])
+@pytest.fixture(scope="module", params=["shortcut", pytest.param("overrides", marks=pytest.mark.quick)])
 def server(request: pytest.FixtureRequest, checkpoints: tuple[Path, Path]) -> Iterator[Server]:
     more, env = WAYS[request.param]
     arguments = [*flags(num_drafts=DRAFTS, max_model_len=FACTOR * TRAINED), *more]
