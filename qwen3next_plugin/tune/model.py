@@ -5,6 +5,8 @@ products keep stages - 1 copies of a step's operands in shared memory, Hopper's 
 more) keep one more, and FP8 weights that are widened for them pass through shared memory once again. Times are a
 roofline (Williams et al. 2009) an SM and over the GPU: memory, L2 cache, bytes in flight (Little's law), shared memory
 and tensor cores, with whole waves. The constants below are assumptions about NVIDIA GPUs since Ampere, not measured.
+Latency, step and line were set with an eye on tiles that vLLM and SGLang ship for like shapes: that the model's choices
+resemble theirs is no evidence for it.
 """
 
 import math
