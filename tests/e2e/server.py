@@ -183,7 +183,11 @@ class Server:
             self.stop()
             raise
         self.started_in = time.monotonic() - begin
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300.0)
+        # A connection for each request: servers close idle ones after seconds, now and then just as one is used again.
+        connections = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=300.0)
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300.0, http_client=connections
+        )
         return self
 
     def __exit__(
