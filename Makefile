@@ -53,6 +53,7 @@ ENGINE_MAKE = $(MAKE) --no-print-directory ENGINE=$(1) VENV=.venv/$(1) USE_ENV=$
 test: python
 	+@$(PYTHON) tests/side_by_side.py \
 	  "vllm=$(call ENGINE_MAKE,vllm,$(USE_ENV_VLLM)) lint cpu-tests e2e-tests" \
+	  "next=$(call ENGINE_MAKE,sglang-next,$(USE_ENV_SGLANG_NEXT)) environment" \
 	  "sglang=$(call ENGINE_MAKE,sglang,$(USE_ENV_SGLANG)) engine-tests && \
 	    $(call ENGINE_MAKE,sglang-next,$(USE_ENV_SGLANG_NEXT)) engine-tests"
 
@@ -65,8 +66,9 @@ lint: environment
 cpu-tests: environment
 	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests --ignore=tests/e2e)
 
-# A further version of an engine gets the short selection: every point of the list, not every combination of setups.
-E2E_TESTS := tests/e2e $(if $(findstring -next,$(ENGINE)),-m quick)
+# Two versions of an engine share the combinations of setups out between them; each gets every point of the list.
+# TESTS=tests/e2e runs all of them on either.
+E2E_TESTS := tests/e2e $(if $(findstring -next,$(ENGINE)),-m quick,-m "not further")
 
 e2e-tests: environment
 	$(ONE_THREAD) TRITON_INTERPRET=0 $(PYTEST) $(or $(TESTS),$(E2E_TESTS))

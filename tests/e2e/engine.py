@@ -38,6 +38,9 @@ class Setup:
     quick: bool = False
     """Whether it is in the short selection (`pytest -m quick`) that a second version of an engine gets."""
 
+    further: bool = False
+    """Whether only that second version gets it in `make test`, where the first has another setup for the same."""
+
     def __str__(self) -> str:
         return (
             f"{self.shape}-mtp{self.num_drafts}" + f"-{self.cache}" * bool(self.cache) + "-compiled" * (not self.eager)

@@ -51,8 +51,12 @@ def engine() -> Engine:
 
 
 def parameters(setups: Sequence[Setup]) -> list[Any]:
-    """Setups as parameters of a fixture, by name and with the mark of the short selection."""
-    return [pytest.param(setup, id=str(setup), marks=[pytest.mark.quick] * setup.quick) for setup in setups]
+    """Setups as parameters of a fixture, by name and with the marks of the selections they are in."""
+
+    def marks(setup: Setup) -> list[Any]:
+        return [pytest.mark.quick] * (setup.quick or setup.further) + [pytest.mark.further] * setup.further
+
+    return [pytest.param(setup, id=str(setup), marks=marks(setup)) for setup in setups]
 
 
 def flags(

@@ -34,6 +34,10 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 
+SECOND = [pytest.mark.quick, pytest.mark.further] if engine().name == "sglang" else []
+"""SGLang's two versions share the ways."""
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The demo model as it is shipped, and for the oracle the same with the whole rope dict in its config.json."""
@@ -48,7 +52,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return shipped, extended
 
 
-@pytest.fixture(scope="module", params=["shortcut", pytest.param("overrides", marks=pytest.mark.quick)])
+@pytest.fixture(scope="module", params=["shortcut", pytest.param("overrides", marks=SECOND)])
 def server(request: pytest.FixtureRequest, checkpoints: tuple[Path, Path]) -> Iterator[Server]:
     more, env = WAYS[request.param]
     arguments = [*flags(num_drafts=DRAFTS, max_model_len=FACTOR * TRAINED), *more]
