@@ -53,7 +53,6 @@ ENGINE_MAKE = $(MAKE) --no-print-directory ENGINE=$(1) VENV=.venv/$(1) USE_ENV=$
 test: python
 	+@$(PYTHON) tests/side_by_side.py \
 	  "vllm=$(call ENGINE_MAKE,vllm,$(USE_ENV_VLLM)) lint cpu-tests e2e-tests" \
-	  "next=$(call ENGINE_MAKE,sglang-next,$(USE_ENV_SGLANG_NEXT)) environment" \
 	  "sglang=$(call ENGINE_MAKE,sglang,$(USE_ENV_SGLANG)) engine-tests && \
 	    $(call ENGINE_MAKE,sglang-next,$(USE_ENV_SGLANG_NEXT)) engine-tests"
 
