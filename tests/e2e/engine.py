@@ -35,11 +35,9 @@ class Setup:
     max_model_len: int = 512
     dtype: str = "float32"
     eager: bool = True
-    quick: bool = False
-    """Whether it is in the short selection (`pytest -m quick`) that a second version of an engine gets."""
-
     further: bool = False
-    """Whether only that second version gets it in `make test`, where the first has another setup for the same."""
+    """Whether a second version of an engine gets it in `make test` (in its short selection, `pytest -m quick`), and not
+    the first, which has another setup for the same."""
 
     def __str__(self) -> str:
         return (

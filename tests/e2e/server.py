@@ -52,11 +52,8 @@ def engine() -> Engine:
 
 def parameters(setups: Sequence[Setup]) -> list[Any]:
     """Setups as parameters of a fixture, by name and with the marks of the selections they are in."""
-
-    def marks(setup: Setup) -> list[Any]:
-        return [pytest.mark.quick] * (setup.quick or setup.further) + [pytest.mark.further] * setup.further
-
-    return [pytest.param(setup, id=str(setup), marks=marks(setup)) for setup in setups]
+    marks = [pytest.mark.quick, pytest.mark.further]
+    return [pytest.param(setup, id=str(setup), marks=marks if setup.further else []) for setup in setups]
 
 
 def flags(
@@ -188,9 +185,12 @@ class Server:
             raise
         self.started_in = time.monotonic() - begin
         # A connection for each request: servers close idle ones after seconds, now and then just as one is used again.
-        connections = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=300.0)
         self.client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300.0, http_client=connections
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=300.0,
+            default_headers={"Connection": "close"},
         )
         return self
 
