@@ -56,7 +56,7 @@ class SglangEngine(Engine):
         *(Setup("demo", 0, "extra_buffer_lazy"), Setup("demo", 2, "extra_buffer", further=True)),
         Setup("demo", 1, "no_buffer"),
     )
-    limit_setups = (Setup("ratio2", 0, "extra_buffer"), Setup("ratio2", 2, "no_buffer"))
+    limit_setups = (Setup("ratio2", 0, "extra_buffer"), Setup("ratio2", 2, "no_buffer", further=True))
     state_setups = (
         *(Setup("ratio2", 0, "no_buffer"), Setup("ratio4", 0, "extra_buffer_lazy", further=True)),
         *(Setup("ratio1", 1, "extra_buffer", further=True), Setup("ratio2", 3, "extra_buffer")),

@@ -114,7 +114,7 @@ def _entry_point(folder: Path) -> None:
 def run(engine: Any, asks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One round: all requests at once."""
     prompts = [ask["prompt"] for ask in asks]
-    params = [{"temperature": 0.0, "max_new_tokens": ask["max_tokens"], "ignore_eos": True} for ask in asks]
+    params = [{"temperature": 0.0, "max_new_tokens": ask["max_tokens"]} for ask in asks]
     answers: list[dict[str, Any]] = engine.generate(input_ids=prompts, sampling_params=params)
     return answers
 

@@ -71,7 +71,7 @@ def test_conversations_that_are_thrown_out_come_back_rightly(served: Served) -> 
     server, checkpoint = served.server, served.checkpoint
     golden = golden_prompts(checkpoint, (60, 55, 50, 45, 40, 35, 30, 25), 120)
     for _ in range(2):
-        found = complete_together(server, [g.prompt for g in golden], 120)
+        found = complete_together(server, [g.prompt for g in golden], 120, ignore_eos=False)
         for expected, answer in zip(golden, found, strict=True):
             assert answer.tokens == list(expected.answer), f"after a prompt of {len(expected.prompt)} tokens"
             assert largest_error(checkpoint, expected.prompt, answer) < LOGPROB_TOLERANCE

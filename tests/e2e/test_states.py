@@ -66,7 +66,7 @@ def test_cached_states_are_the_oracles(random_checkpoint: Callable[[str], Path],
     assert_cached_states(result, checkpoint, at_least=4)
 
 
-@pytest.mark.parametrize("num_drafts", [0, 2])
+@pytest.mark.parametrize("num_drafts", [0, pytest.param(2, marks=pytest.mark.quick)])
 def test_preempted_requests_resume_rightly(random_checkpoint: Callable[[str], Path], num_drafts: int) -> None:
     """A cache that cannot hold four conversations: some are thrown out and computed again."""
     checkpoint = random_checkpoint("ratio2")
