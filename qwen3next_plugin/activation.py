@@ -26,6 +26,19 @@ def activation_line(engine: str, engine_version: str, device_name: str, choices:
     return " ".join(line.split())
 
 
+def state_type_advice(stored: str, flag: str) -> str | None:
+    """What to tell a user whose recurrent states are ``stored`` as bfloat16, or None for any other type.
+
+    ``flag`` is the engine's for that type. Why: benchmarks/NOTES.md, "Which type a recurrent state may be stored in".
+    """
+    if stored != "bfloat16":
+        return None
+    return (
+        "Recurrent states are stored as bfloat16, in which heads with a long memory go wrong by several percent; "
+        f"{flag} float16 takes the same memory and rounds eight times finer, {flag} float32 takes twice as much."
+    )
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

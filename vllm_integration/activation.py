@@ -1,4 +1,4 @@
-"""The one line that says this plugin runs, and with what."""
+"""The one line that says this plugin runs, and with what; and what is better not left as it is."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.activation import activation_line
-from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.activation import activation_line, state_type_advice
 from qwen3next_plugin.kernels.dispatch import describe
+
+from .gdn_layer import gdn_state_dtype
 
 # vLLM shows the loggers below "vllm".
 logger = init_logger("vllm.qwen3next_plugin")
 
 
-def announce(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> None:
+def announce(vllm_config: VllmConfig) -> None:
     """Logs the activation line once a process, from the model itself: no model of ours, no line."""
-    _announce_once(current_platform.get_device_name(), current_platform.device_type)
+    stored = str(gdn_state_dtype(vllm_config)[1]).removeprefix("torch.")
+    _announce_once(current_platform.get_device_name(), current_platform.device_type, stored)
 
 
 @lru_cache(maxsize=1)
-def _announce_once(device_name: str, device_type: str) -> None:
+def _announce_once(device_name: str, device_type: str, stored: str) -> None:
     logger.info(activation_line("vllm", vllm.__version__, device_name, describe(device_type)))
+    advice = state_type_advice(stored, "--mamba-ssm-cache-dtype")
+    if advice:
+        logger.warning(advice)

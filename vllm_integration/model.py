@@ -96,7 +96,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, SupportsPP, IsHybrid):
         super().__init__()
         self.config = vllm_config.model_config.hf_text_config
         self.spec: Qwen3NextSpec = spec_of(vllm_config)
-        announce(self.spec, vllm_config)
+        announce(vllm_config)
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.spec.vocab_size, self.spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")

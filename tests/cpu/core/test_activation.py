@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from qwen3next_plugin.activation import activation_line, plugin_version
+from qwen3next_plugin.activation import activation_line, plugin_version, state_type_advice
 from qwen3next_plugin.kernels.dispatch import describe
 
 
@@ -23,3 +23,9 @@ def test_line_breaks_cannot_split_it() -> None:
 def test_what_the_kernels_say_of_themselves_fits() -> None:
     line = activation_line("vllm", "0.32.0", "cpu", describe("cpu"))
     assert "gdn_prefill=" in line and "fused_moe=" in line
+
+
+def test_bfloat16_states_are_advised_against() -> None:
+    advice = state_type_advice("bfloat16", "--mamba-ssm-cache-dtype")
+    assert advice is not None and "--mamba-ssm-cache-dtype float16" in advice
+    assert state_type_advice("float16", "--x") is None and state_type_advice("float32", "--x") is None
