@@ -68,11 +68,18 @@ class ExpertShard:
         """
         last = self.first_expert + self.num_experts
         if placement.expert is None:
-            mine = loaded[self.first_expert : last]
+            target, mine = target[: self.num_experts], loaded[self.first_expert : last]
         elif self.first_expert <= placement.expert < last:
             target, mine = target[placement.expert - self.first_expert], loaded
         else:
             return
+        self._copy(target, mine, placement)
+
+    def place_shared(self, target: torch.Tensor, loaded: torch.Tensor, placement: Placement) -> None:
+        """The same for a matrix of the shared expert that lies behind the routed ones, at ``target[num_experts]``."""
+        self._copy(target[self.num_experts], loaded, placement)
+
+    def _copy(self, target: torch.Tensor, mine: torch.Tensor, placement: Placement) -> None:
         if not self.expert_parallel:
             mine = shard_fused(placement, mine, self.spec, self.rank, self.size)
         if placement.shard is not None:

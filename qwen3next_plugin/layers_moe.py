@@ -68,16 +68,17 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(self.gate_up_proj(hidden_states)[0]))[0]
 
 
-class RoutedExperts(nn.Module):
-    """This rank's routed experts: a slice of every expert under TP, a range of whole experts under EP.
+class Experts(nn.Module):
+    """This rank's experts: a slice of every routed one under TP, a range of whole ones under EP; with ``num_shared`` 1
+    the shared expert lies behind them as one more.
 
     ``block`` is 128 for FP8 weights with 128x128 scales, None for weights in the model's dtype.
     """
 
-    def __init__(self, shard: ExpertShard, block: int | None) -> None:
+    def __init__(self, shard: ExpertShard, block: int | None, num_shared: int = 0) -> None:
         super().__init__()
-        self.shard = shard
-        experts, rows, hidden = shard.num_experts, shard.intermediate_size, shard.spec.hidden_size
+        self.shard, self.num_shared = shard, num_shared
+        experts, rows, hidden = shard.num_experts + num_shared, shard.intermediate_size, shard.spec.hidden_size
         dtype = torch.float8_e4m3fn if block else None
         self.w13 = frozen_parameter(experts, 2 * rows, hidden, dtype=dtype, loader=self._load)
         self.w2 = frozen_parameter(experts, hidden, rows, dtype=dtype, loader=self._load)
@@ -93,13 +94,55 @@ class RoutedExperts(nn.Module):
         self.shard.place(parameter.data, loaded, placement)
 
     def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, H], weights and ids [T, top_k] -> this rank's part of the weighted sum [T, H]."""
-        ids = self.shard.local_ids(ids)
-        return fused_moe(hidden_states, self.w13, self.w2, weights, ids, self.w13_scale_inv, self.w2_scale_inv)
+        """hidden_states [T, H], weights and ids [T, choices] -> this rank's part of the weighted sum [T, H]."""
+        if not self.num_shared:
+            ids = self.shard.local_ids(ids)
+        scales = (self.w13_scale_inv, self.w2_scale_inv)
+        return fused_moe(hidden_states, self.w13, self.w2, weights, ids, *scales, num_shared=self.num_shared)
+
+
+class SharedBehindExperts(nn.Module):
+    """The shared expert's parameters under the checkpoint's names: views of the last of ``experts``."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.gate_up_proj = _View(experts.shard, experts.w13, experts.w13_scale_inv, "gate_up_proj")
+        self.down_proj = _View(experts.shard, experts.w2, experts.w2_scale_inv, "down_proj")
+
+
+class _View(nn.Module):
+    """The last expert's part of ``weight`` and ``scale``, filled by the rule for this projection of a shared expert."""
+
+    def __init__(self, shard: ExpertShard, weight: nn.Parameter, scale: nn.Parameter | None, projection: str) -> None:
+        super().__init__()
+
+        def view(whole: nn.Parameter, name: str) -> nn.Parameter:
+            def load(parameter: nn.Parameter, loaded: torch.Tensor, part: int | None = None) -> None:
+                placement = Placement(
+                    f"mlp.shared_expert.{projection}.{name}", None if part is None else ("gate", "up")[part]
+                )
+                shard.place_shared(whole.data, loaded, placement)
+
+            parameter = nn.Parameter(whole.data[shard.num_experts], requires_grad=False)
+            vars(parameter)["weight_loader"] = load
+            return parameter
+
+        self.weight = view(weight, "weight")
+        self.weight_scale_inv = None if scale is None else view(scale, "weight_scale_inv")
+
+
+def joins_experts(spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> bool:
+    """Whether the shared expert of the MoE ``prefix`` is stored just as a routed one and cut over ranks alike."""
+    moe, shared = spec.moe, (f"{prefix}.shared_expert.gate_up_proj", f"{prefix}.shared_expert.down_proj")
+    formats = {layers.fp8_block(name) for name in (f"{prefix}.experts", *shared)}
+    return moe.shared_intermediate_size == moe.intermediate_size and not layers.expert_parallel and len(formats) == 1
 
 
 class SparseMoE(nn.Module):
-    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate."""
+    """Softmax routing over all experts, the top k renormalised, plus a shared expert behind a sigmoid gate.
+
+    Where it can, the shared expert is run as one more expert that every token chooses, by its gate.
+    """
 
     def __init__(self, spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> None:
         super().__init__()
@@ -107,17 +150,24 @@ class SparseMoE(nn.Module):
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
-        self.experts = RoutedExperts(shard, layers.fp8_block(f"{prefix}.experts"))
-        self.shared_expert = GatedMLP(
-            spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
-        )
+        self.joined = joins_experts(spec, layers, prefix)
+        self.experts = Experts(shard, layers.fp8_block(f"{prefix}.experts"), num_shared=int(self.joined))
+        self.shared_expert: nn.Module
+        if self.joined:
+            self.shared_expert = SharedBehindExperts(self.experts)
+        else:
+            self.shared_expert = GatedMLP(
+                spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
+            )
         self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
         self.all_reduce = layers.all_reduce if layers.size > 1 else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> [T, hidden_size], summed over the ranks."""
-        weights, ids = route(self.gate(hidden_states)[0], self.moe.top_k, self.moe.norm_topk_prob)
-        routed = self.experts(hidden_states, weights, ids)
-        shared = self.shared_expert(hidden_states)
-        output = add_shared_expert(routed, shared, hidden_states, self.shared_expert_gate.weight)
+        logits, gate = self.gate(hidden_states)[0], self.shared_expert_gate.weight
+        joined = (hidden_states, gate) if self.joined else (None, None)
+        weights, ids = route(logits, self.moe.top_k, self.moe.norm_topk_prob, *joined)
+        output = self.experts(hidden_states, weights, ids)
+        if not self.joined:
+            output = add_shared_expert(output, self.shared_expert(hidden_states), hidden_states, gate)
         return output if self.all_reduce is None else self.all_reduce(output)

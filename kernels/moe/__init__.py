@@ -14,30 +14,43 @@ dispatch.declare("add_shared_expert")
 
 
 def _route_fake(
-    router_logits: torch.Tensor, top_k: int, renormalize: bool, *, backend: str | None = None
+    router_logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    x: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (router_logits.shape[0], top_k)
+    shape = (router_logits.shape[0], top_k + (shared_gate is not None))
     return router_logits.new_empty(shape, dtype=torch.float32), router_logits.new_empty(shape, dtype=torch.int32)
 
 
 @dispatch.custom_op(fake=_route_fake)
 def route(
-    router_logits: torch.Tensor, top_k: int, renormalize: bool, *, backend: str | None = None
+    router_logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    x: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over all experts, then the top_k largest, then (if asked) renormalised to sum 1; float32 inside.
 
     router_logits [M, E] bf16/fp16/fp32, E <= 1024, rows may be strided -> (weights [M, top_k] float32, ids [M, top_k]
-    int32), largest first. Ties: the lower expert index comes first; a NaN logit ranks as -inf and makes the row's
-    weights NaN. Raises ValueError for shapes that do not fit. Shazeer et al. 2017, section 2.1; Fedus et al. 2021,
-    section 2.1.
+    int32), largest first. With x [M, H] and shared_gate [1, H] each token has one more choice, its last: expert E, the
+    shared one, by sigmoid(x . shared_gate). Ties: the lower expert index comes first; a NaN logit ranks as -inf and
+    makes the row's weights NaN. Raises ValueError for shapes that do not fit. Shazeer et al. 2017, section 2.1; Fedus
+    et al. 2021, section 2.1.
     """
-    check_route(router_logits, top_k)
+    check_route(router_logits, top_k, x, shared_gate)
     if dispatch.choose(router_logits, backend) == dispatch.REFERENCE:
-        weights, ids = reference.route(router_logits, top_k, renormalize)
+        weights, ids = reference.route(router_logits, top_k, renormalize, x, shared_gate)
         return weights.to(torch.float32), ids
     from . import triton
 
-    return triton.route(router_logits, top_k, renormalize)
+    return triton.route(router_logits, top_k, renormalize, x, shared_gate)
 
 
 def _fused_moe_fake(
@@ -50,6 +63,7 @@ def _fused_moe_fake(
     w2_scale: torch.Tensor | None = None,
     *,
     quantize_activations: bool | None = None,
+    num_shared: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape)
@@ -66,6 +80,7 @@ def fused_moe(
     w2_scale: torch.Tensor | None = None,
     *,
     quantize_activations: bool | None = None,
+    num_shared: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]) with e = topk_ids[m,k].
@@ -75,8 +90,9 @@ def fused_moe(
     [E, ceil(H/b), ceil(I/b)], where b is 128 or, told by the scale's shape, a smaller power of two; topk_weights [M, k]
     float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism). quantize_activations
     rounds the inputs of both products to FP8 by 1x128 groups (FP8 weights only); None decides by the rows an expert
-    gets on average and the GPU, and never rounds on a CPU. Each token's experts are summed in a fixed order: equal
-    inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not fit.
+    gets on average and the GPU, and never rounds on a CPU. num_shared says how many of the experts, the last ones, take
+    every token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed order:
+    equal inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not fit.
     Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
     """
     check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)
@@ -87,7 +103,7 @@ def fused_moe(
     if quantize_activations is None:
         rows = topk_ids.numel() // max(w13.shape[0], 1)
         quantize_activations = w13_scale is not None and quantizes_activations(rows, x.device)
-    return triton.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)
+    return triton.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, num_shared)
 
 
 def _add_shared_expert_fake(

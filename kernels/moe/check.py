@@ -7,12 +7,23 @@ from ..gemm.reference import FP8, block_size
 MAX_EXPERTS = 1024  # the router keeps a token's whole row in registers
 
 
-def check_route(router_logits: torch.Tensor, top_k: int) -> None:
-    """Raise ValueError unless router_logits is [M, E] with E <= 1024 and 1 <= top_k <= E."""
+def check_route(
+    router_logits: torch.Tensor, top_k: int, x: torch.Tensor | None = None, shared_gate: torch.Tensor | None = None
+) -> None:
+    """Raise ValueError unless router_logits is [M, E], E <= 1024, 1 <= top_k <= E, and x [M, H], shared_gate [1, H]."""
     if router_logits.dim() != 2 or not 1 <= router_logits.shape[1] <= MAX_EXPERTS:
         raise ValueError(f"route: router_logits is {list(router_logits.shape)}; it must be [M, E], E <= {MAX_EXPERTS}")
     if not 1 <= top_k <= router_logits.shape[1]:
         raise ValueError(f"route: top_k is {top_k}; it must be between 1 and the {router_logits.shape[1]} experts")
+    if (x is None) != (shared_gate is None):
+        raise ValueError("route: give both x and shared_gate (a shared expert among the choices) or neither")
+    if x is not None and shared_gate is not None:
+        tokens = router_logits.shape[0]
+        if x.dim() != 2 or x.shape[0] != tokens or list(shared_gate.shape) != [1, x.shape[1]]:
+            raise ValueError(
+                f"route: x and shared_gate are {list(x.shape)} and {list(shared_gate.shape)}; they must be "
+                f"[{tokens}, H] and [1, H]"
+            )
 
 
 def check_fused_moe(

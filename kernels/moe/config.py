@@ -88,6 +88,11 @@ def forced(config: MoeConfig) -> Iterator[None]:
         _forced = before
 
 
+def is_forced() -> bool:
+    """Whether a caller of `forced` wants its tiles used, however few the tokens are."""
+    return _forced is not None
+
+
 def default_config(num_pairs: int, num_experts: int, activation_bytes: int) -> MoeConfig:
     """The table, by the rows an expert gets on average and the bytes of one activation (1 is FP8).
 

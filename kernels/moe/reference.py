@@ -6,12 +6,18 @@ from torch.nn import functional
 from ..gemm.reference import dequantize_block, dequantize_tokens, quantize_tokens
 
 
-def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    x: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax over all experts, the top_k largest, optionally renormalised to sum 1.
 
     router_logits [M, E] -> (weights [M, top_k], ids [M, top_k] int32), largest first; float32 inside and out (float64
-    stays float64). Experts are ranked by logit, which softmax keeps; among equal logits the lower expert index comes
-    first, NaN counts as -inf.
+    stays float64). With x [M, H] and shared_gate [1, H] one choice more: expert E by sigmoid(x . shared_gate). Experts
+    are ranked by logit, which softmax keeps; among equal logits the lower expert index comes first, NaN counts as -inf.
     Fedus et al., Switch Transformers, 2021, section 2.1, with k experts.
     """
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
@@ -20,6 +26,9 @@ def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[t
     weights = torch.softmax(logits, dim=-1).gather(-1, ids)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
+    if x is not None and shared_gate is not None:
+        gate = torch.sigmoid(functional.linear(x.to(logits.dtype), shared_gate.to(logits.dtype)))
+        weights, ids = torch.cat([weights, gate], 1), functional.pad(ids, (0, 1), value=logits.shape[1])
     return weights, ids.to(torch.int32)
 
 

@@ -80,7 +80,8 @@ _BLOCKS: dict[str, Any] = {
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
-    "ratio1": _TINY | {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
+    # Its shared expert is wider than the others, so it cannot run as one of them, as it does elsewhere.
+    "ratio1": _TINY | {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "shared_expert_intermediate_size": 48},
     "ratio2": _TINY | {"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "ratio4": _TINY | {"linear_num_key_heads": 2, "linear_num_value_heads": 8},
     "deep": _TINY | {"num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4},

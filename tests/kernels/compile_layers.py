@@ -63,7 +63,7 @@ def launch_all(dtype: torch.dtype) -> None:
     sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
     rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)
     rope.sigmoid_gate(x, x)
-    moe.route(torch.zeros(8, 512, dtype=dtype), 10, True)
+    moe.route(torch.zeros(8, 512, dtype=dtype), 10, True, x, weight[None])
     moe.add_shared_expert(x, x, x, weight[None])
     codes, scale = torch.zeros(1024, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(8, 16)
     for rows in (8, 128):
@@ -74,14 +74,15 @@ def launch_all(dtype: torch.dtype) -> None:
 def launch_experts(dtype: torch.dtype, tokens: int) -> None:
     """The experts in `dtype`, with FP8 weights, and with FP8 activations too; on one rank and on the last of eight."""
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
-    router, ids = torch.zeros(tokens, TOP_K), torch.zeros(tokens, TOP_K, dtype=torch.int32)
+    choices = TOP_K if tokens > 1 else 11  # of a few tokens a compile-time value that costs registers
+    router, ids = torch.zeros(tokens, choices), torch.zeros(tokens, choices, dtype=torch.int32)
     for inner in (INNER, INNER // 8):
         w13, w2 = torch.zeros(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, inner, dtype=dtype)
-        moe.fused_moe(x, w13, w2, router, ids, None, None, False)
+        moe.fused_moe(x, w13, w2, router, ids, None, None, False, 0)
         codes, blocks = (w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)), -(-inner // 128)
         scales = torch.zeros(EXPERTS, 2 * blocks, 16), torch.zeros(EXPERTS, 16, blocks)
         for rounded in ROUNDED:
-            moe.fused_moe(x, *codes, router, ids, *scales, rounded)
+            moe.fused_moe(x, *codes, router, ids, *scales, rounded, 0)
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def main() -> None:
     JITFunction.run = compile_only(JITFunction.run)
     policy.decodes_weights = lambda device: CAPABILITY < 89
     launch_all(torch.bfloat16)
-    for tokens in (1, 1000):  # the first and the last row of the table of tile sizes
+    for tokens in (1, 17, 1000):  # a few, and the first and the last row of the table of tile sizes
         launch_experts(torch.bfloat16, tokens)
     print(json.dumps(SHARED))
 

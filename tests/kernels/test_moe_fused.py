@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
+from qwen3next_plugin.kernels.moe.triton import experts as experts_module
 
 from .common import (
-    BACKENDS,
     DTYPES,
     FP8_CHECKS,
     assert_close,
@@ -21,6 +21,16 @@ from .common import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 WEIGHTS = ("float", "fp8", "fp8 activations")
+WAYS = ("reference", "sorted", "few")
+"""Backends, and of Triton's both ways: a few tokens need not be sorted by expert."""
+
+
+@pytest.fixture(params=WAYS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "reference":
+        return "reference"
+    monkeypatch.setattr(experts_module, "MAX_TOKENS", 0 if request.param == "sorted" else 1 << 30)
+    return "triton"
 
 
 @dataclass
@@ -81,7 +91,6 @@ def random_ids(tokens: int, experts: int, top_k: int, device: str) -> torch.Tens
     return torch.rand(tokens, experts, device=device).argsort(dim=-1)[:, :top_k].to(torch.int32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
@@ -108,7 +117,6 @@ def test_reference_is_the_plain_sum(device: str) -> None:
     assert_close(case.run("reference"), expected, 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("routing", ["one expert", "two of many", "some skipped", "all skipped", "int64"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy rounds rows that no pair uses
@@ -140,14 +148,12 @@ def test_triton_skips_ids_past_the_last_expert(device: str) -> None:
     assert_close(case.run("triton"), case.expected(), 3e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_no_tokens(weights: str, backend: str, device: str) -> None:
     case = problem(torch.empty(0, 3, dtype=torch.int32, device=device), 4, 32, 16, weights)
     assert list(case.run(backend).shape) == [0, 32]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_tensor_parallel_shards_add_up(backend: str, device: str) -> None:
     """Two ranks with half of I each, their FP8 blocks cut finer as the shard's scales say, sum to the whole."""
     whole = problem(random_ids(6, 3, 2, device), 3, 40, 64, "fp8", block=32)
@@ -162,7 +168,6 @@ def test_tensor_parallel_shards_add_up(backend: str, device: str) -> None:
     assert_close(parts[0] + parts[1], whole.expected(), 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", ["fp8", "fp8 activations"])
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 @pytest.mark.parametrize(("inner", "inner_block"), [(64, 64), (192, 64)])
@@ -180,7 +185,22 @@ def test_slices_of_part_of_a_block(
     assert_close(case.run(backend), case.expected(), case.limit(backend, device))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", ["float", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_shared_expert_is_the_last_choice(tokens: int, weights: str, backend: str, device: str) -> None:
+    """Routing, routed and shared expert as served, against the shared expert computed and added apart."""
+    logits = torch.randn(tokens, 4, device=device)
+    gate = torch.randn(1, 64, device=device) / 8
+    case = problem(torch.zeros(tokens, 3, dtype=torch.int32, device=device), 5, 64, 32, weights)
+    x, w13, w2, _, _, s13, s2 = case.tensors
+    choices, ids = moe.route(logits, 2, True, x, gate, backend=backend)
+    actual = moe.fused_moe(x, w13, w2, choices, ids, s13, s2, num_shared=1, backend=backend)
+    routed = Problem((x, w13, w2, *moe.reference.route(logits, 2, True), s13, s2), False).expected()
+    alone = torch.full((tokens, 1), 4, device=device)
+    shared = Problem((x, w13, w2, torch.ones(tokens, 1, device=device), alone, s13, s2), False).expected()
+    assert_close(actual, moe.reference.add_shared_expert(routed, shared, x.double(), gate.double()), 3e-6)
+
+
 def test_expert_parallel_ranks_add_up(backend: str, device: str) -> None:
     ids = random_ids(8, 6, 3, device)
     whole = problem(ids, 6, 32, 24)
@@ -193,6 +213,19 @@ def test_expert_parallel_ranks_add_up(backend: str, device: str) -> None:
     assert_close(total, whole.expected(), 3e-6)
 
 
+def test_a_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Up to MAX_TOKENS of them, unless activations are to be rounded or a tile was forced on us."""
+    monkeypatch.setattr(experts_module, "fused_moe_few", lambda x, *_: torch.full_like(x, 7.0))
+
+    def short_way(tokens: int, weights: str = "float") -> bool:
+        return bool((problem(random_ids(tokens, 3, 2, device), 3, 32, 16, weights).run("triton") == 7.0).all())
+
+    assert short_way(1) and short_way(experts_module.MAX_TOKENS) and short_way(1, "fp8")
+    assert not short_way(experts_module.MAX_TOKENS + 1) and not short_way(1, "fp8 activations")
+    with moe.config.forced(moe.config.default_config(2, 3, 4)):
+        assert not short_way(1)
+
+
 def test_rounded_activations_stay_near_the_unrounded(device: str) -> None:
     case = problem(random_ids(8, 3, 2, device), 3, 256, 128, "fp8 activations")
     rounded, plain = case.run("triton"), Problem(case.tensors, False).expected()
@@ -201,23 +234,23 @@ def test_rounded_activations_stay_near_the_unrounded(device: str) -> None:
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_results_repeat_and_inputs_stay(weights: str, device: str) -> None:
+def test_results_repeat_and_inputs_stay(weights: str, backend: str, device: str) -> None:
     case = problem(random_ids(12, 4, 3, device), 4, 48, 32, weights)
     before = [t.clone() if t is not None else None for t in case.tensors]
-    for backend in BACKENDS:
-        assert_repeatable(case.run, backend)
+    assert_repeatable(case.run, backend)
     for a, b in zip(case.tensors, before, strict=True):
         assert a is None or b is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_a_token_does_not_depend_on_its_batch(device: str) -> None:
+@pytest.mark.parametrize("backend", ["sorted", "few"], indirect=True)
+def test_a_token_does_not_depend_on_its_batch(backend: str, device: str) -> None:
     """Alone, in another place or among others: the same bits, as long as the tile sizes are the same."""
     case = problem(random_ids(11, 4, 2, device), 4, 48, 32)
     x, w13, w2, router, ids, *_ = case.tensors
-    together = case.run("triton")
+    together = case.run(backend)
     for m in (0, 7):
         row = slice(m, m + 1)
-        alone = moe.fused_moe(x[row], w13, w2, router[row], ids[row], backend="triton")
+        alone = moe.fused_moe(x[row], w13, w2, router[row], ids[row], backend=backend)
         assert torch.equal(alone, together[row])
 
 

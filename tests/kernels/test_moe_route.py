@@ -32,6 +32,21 @@ def test_route(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "experts", "top_k", "hidden"), [(1, 512, 10, 300), (5, 8, 7, 64), (0, 8, 2, 16)])
+def test_the_shared_expert_is_one_choice_more(
+    tokens: int, experts: int, top_k: int, hidden: int, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    logits = torch.randn(tokens, experts, device=device).to(dtype)
+    x, _, _, gate = shared_arguments(tokens, hidden, device, dtype)
+    weights, ids = moe.route(logits, top_k, True, x, gate, backend=backend)
+    routed, routed_ids = moe.route(logits, top_k, True, backend=backend)
+    assert torch.equal(ids[:, :-1], routed_ids) and torch.equal(weights[:, :-1], routed)
+    assert list(ids.shape) == [tokens, top_k + 1] and (ids[:, -1] == experts).all()
+    assert_close(weights[:, -1:], torch.sigmoid(x.double() @ gate.double().T), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_lower_index(backend: str, device: str) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0], [1.0] * 6], device=device)
     _, ids = moe.route(logits, 4, True, backend=backend)
@@ -78,6 +93,9 @@ def test_route_custom_op(device: str) -> None:
     logits = torch.randn(5, 8, device=device).to(torch.bfloat16)
     torch.library.opcheck(torch.ops.qwen3next.route.default, (logits, 3, True))
     assert_compiles(lambda t: moe.route(t, 3, True), logits)
+    x, _, _, gate = shared_arguments(5, 16, device, torch.bfloat16)
+    torch.library.opcheck(torch.ops.qwen3next.route.default, (logits, 3, True, x, gate))
+    assert_compiles(lambda *a: moe.route(a[0], 3, True, *a[1:]), logits, x, gate)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +110,14 @@ def test_route_custom_op(device: str) -> None:
 def test_wrong_routing_arguments(shape: tuple[int, ...], top_k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moe.route(torch.zeros(shape), top_k, True)
+
+
+def test_a_shared_expert_needs_its_input_and_gate() -> None:
+    logits, x = torch.zeros(2, 8), torch.zeros(2, 16)
+    with pytest.raises(ValueError, match="both x and shared_gate"):
+        moe.route(logits, 2, True, x)
+    with pytest.raises(ValueError, match=r"shared_gate are \[2, 16\] and \[16\]"):
+        moe.route(logits, 2, True, x, x[0])
 
 
 def shared_arguments(tokens: int, hidden: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,5 @@
-"""The mixture of experts in Triton: sort pairs by expert, gate-up product with SwiGLU, down product, weighted sum.
+"""The mixture of experts in Triton: sort pairs by expert, gate-up product with SwiGLU, down product, weighted sum. A
+few tokens take a shorter way (`few`).
 
 All intermediate results are indexed by pair (token, choice), so every value is written once, by one program, and summed
 in the order of the choices: no atomics, and equal inputs give equal bits. Nothing is read back to the host and every
@@ -13,8 +14,9 @@ from ...dispatch import interpreting
 from ...gemm.policy import weight_codes
 from ...gemm.reference import GROUP, block_size
 from ...gemm.triton import quantize_tokens, scaled_product
-from ..config import Tile, choose_config
+from ..config import Tile, choose_config, is_forced
 from .align import Tiles, align
+from .few import MAX_TOKENS, fused_moe_few
 
 
 @triton.jit
@@ -125,10 +127,6 @@ def _grouped(
 ) -> None:
     """Fill out [pairs, N] from a [pairs / pairs_per_row, K] and weight [E, N or 2N, K]."""
     num_pairs, N = out.shape
-    if weight.stride(2) != 1:
-        raise ValueError(
-            f"fused_moe: expert weights {list(weight.shape)} have strides {weight.stride()}; the last must be 1"
-        )
     scale_n, scale_k, second_scale = GROUP, GROUP, 0
     if scale is not None:
         weight = weight_codes(weight)
@@ -187,16 +185,26 @@ def fused_moe(
     w13_scale: torch.Tensor | None,
     w2_scale: torch.Tensor | None,
     quantize_activations: bool,
+    num_shared: int,
 ) -> torch.Tensor:
     """See `kernels.moe.fused_moe`; the arguments are taken as checked."""
+    for weight in (w13, w2):
+        if weight.stride(2) != 1:
+            raise ValueError(
+                f"fused_moe: expert weights {list(weight.shape)} have strides {weight.stride()}; the last must be 1"
+            )
     (tokens, hidden), top_k, num_experts, inner = x.shape, topk_ids.shape[1], w2.shape[0], w2.shape[2]
-    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     if topk_ids.numel() == 0 or num_experts == 0:
-        return out.zero_()
+        return x.new_zeros(x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
     topk_weights, topk_ids = (t if t.stride(1) == 1 else t.contiguous() for t in (topk_weights, topk_ids))
-    config = choose_config(tokens, top_k, w13, 1 if quantize_activations else x.element_size())
+    if tokens <= MAX_TOKENS and not quantize_activations and not is_forced():
+        return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
+    config = choose_config(
+        tokens, top_k - num_shared, w13[: num_experts - num_shared], 1 if quantize_activations else x.element_size()
+    )
     tiles = align(topk_ids, num_experts, config.block_m)
+    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     activated = x.new_empty((tokens * top_k, inner))
     values = x.new_empty((tokens * top_k, hidden))
     _grouped(

@@ -8,14 +8,20 @@ import triton.language as tl
 @triton.jit
 def _route_kernel(
     logits_ptr,
+    x_ptr,
+    gate_ptr,
     weights_ptr,
     ids_ptr,
     num_experts,
+    hidden,
     stride,
+    x_stride,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
@@ -36,29 +42,53 @@ def _route_kernel(
         inside = inside & (experts != expert)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
-    kept = places < TOP_K
-    tl.store(weights_ptr + token * TOP_K + places, weights, mask=kept)
-    tl.store(ids_ptr + token * TOP_K + places, ids, mask=kept)
+    if SHARED:
+        cols = tl.arange(0, BLOCK_H)
+        x = tl.load(x_ptr + token * x_stride + cols, mask=cols < hidden, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + cols, mask=cols < hidden, other=0.0).to(tl.float32)
+        weights = tl.where(places == TOP_K, tl.sigmoid(tl.sum(x * gate, axis=0)), weights)
+        ids = tl.where(places == TOP_K, num_experts, ids)
+    CHOICES: tl.constexpr = TOP_K + SHARED
+    kept = places < CHOICES
+    tl.store(weights_ptr + token * CHOICES + places, weights, mask=kept)
+    tl.store(ids_ptr + token * CHOICES + places, ids, mask=kept)
 
 
-def route(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    x: torch.Tensor | None,
+    shared_gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.moe.route`; the arguments are taken as checked."""
     logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
     tokens, num_experts = logits.shape
-    weights = logits.new_empty((tokens, top_k), dtype=torch.float32)
-    ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
+    shared = x is not None and shared_gate is not None
+    if x is None or shared_gate is None:
+        x, shared_gate = logits, logits  # not read
+    else:
+        x, shared_gate = x if x.stride(1) == 1 else x.contiguous(), shared_gate.contiguous()
+    weights = logits.new_empty((tokens, top_k + shared), dtype=torch.float32)
+    ids = logits.new_empty((tokens, top_k + shared), dtype=torch.int32)
     if tokens:
         block = triton.next_power_of_2(num_experts)
         _route_kernel[(tokens,)](
             logits,
+            x,
+            shared_gate,
             weights,
             ids,
             num_experts,
+            x.shape[1],
             logits.stride(0),
+            x.stride(0),
             TOP_K=top_k,
             RENORMALIZE=renormalize,
+            SHARED=int(shared),
             BLOCK_E=block,
-            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_K=triton.next_power_of_2(top_k + shared),
+            BLOCK_H=triton.next_power_of_2(x.shape[1]),
             num_warps=1 if block <= 128 else 4,
         )
     return weights, ids

@@ -10,7 +10,7 @@ from qwen3next_plugin.errors import WeightError
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels.gemm import quantize_block
 from qwen3next_plugin.kernels.moe.reference import fused_moe
-from qwen3next_plugin.layers_moe import RoutedExperts
+from qwen3next_plugin.layers_moe import Experts
 from qwen3next_plugin.spec import Qwen3NextSpec
 from qwen3next_plugin.weights import Placement
 from tests.configs import new_form
@@ -79,7 +79,7 @@ def test_fp8_ranks_add_up(intermediate: int, size: int, expert_parallel: bool, s
     expected = fused_moe(x, whole13, whole2, weights, ids, scale13, scale2)
     total = torch.zeros_like(expected)
     for rank in range(size):
-        experts_of_rank = RoutedExperts(ExpertShard(dataclasses.replace(spec, hidden_size=hidden), rank, size,
+        experts_of_rank = Experts(ExpertShard(dataclasses.replace(spec, hidden_size=hidden), rank, size,
                                                     expert_parallel), 128)  # fmt: skip
         for name, tensor in (("w13", whole13), ("w2", whole2), ("w13_scale_inv", scale13), ("w2_scale_inv", scale2)):
             parameter = getattr(experts_of_rank, name)

@@ -4,42 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from qwen3next_plugin.kernels.gemm import dequantize_block, quantize_block
-from qwen3next_plugin.layers_base import ParallelLayers
 from qwen3next_plugin.layers_fp8 import Fp8Columns, Fp8Rows
 from qwen3next_plugin.layers_moe import GatedMLP
 
+from .parallel import layers
+
 HIDDEN = 136
-
-
-class SiluAndMul(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return functional.silu(gate) * up
-
-
-def engine(*args: Any, **options: Any) -> nn.Module:
-    """Stands for an engine's own layer."""
-    return nn.Identity()
-
-
-def layers(rank: int, size: int, block: int | None = 128) -> ParallelLayers:
-    return ParallelLayers(
-        rank=rank,
-        size=size,
-        expert_parallel=False,
-        quant_config=None,
-        fp8_block=lambda prefix: block,
-        merged_column=engine,
-        qkv=engine,
-        row=engine,
-        replicated=engine,
-        silu_and_mul=SiluAndMul,
-        all_reduce=lambda x: x + 1000,
-    )
 
 
 @pytest.mark.parametrize(("width", "size"), [(512, 8), (384, 2), (128, 4)])
