@@ -24,15 +24,12 @@ def _widened_half(words, place: tl.constexpr, zero, BF16: tl.constexpr):
 
     A code becomes the low mantissa bits of 128 (bfloat16) or 1024 (float16); two codes need one mask and one or.
     """
-    if BF16:
-        both = ((words >> (4 * place)) & 0x000F000F) | 0x43004300
-        offset = (zero + 128.0).to(tl.bfloat16)
-        low = both.to(tl.int16).to(tl.bfloat16, bitcast=True) - offset
-        return low, (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True) - offset
-    both = ((words >> (4 * place)) & 0x000F000F) | 0x64006400
-    offset = (zero + 1024.0).to(tl.float16)
-    low = both.to(tl.int16).to(tl.float16, bitcast=True) - offset
-    return low, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True) - offset
+    HALF: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    both = ((words >> (4 * place)) & 0x000F000F) | (0x43004300 if BF16 else 0x64006400)
+    offset = (zero + (128.0 if BF16 else 1024.0)).to(HALF)
+    low = both.to(tl.int16).to(HALF, bitcast=True) - offset
+    high = (both >> 16).to(tl.int16).to(HALF, bitcast=True) - offset
+    return low, high
 
 
 @triton.jit
@@ -76,34 +73,37 @@ def _add_step(
     inside = tl.arange(0, BLOCK_K // PACK) < (K - k) // PACK
     w = tl.load(w_ptrs + k // PACK, mask=w_mask[:, None] & inside[None, :], other=0)
     if a.dtype == tl.int8:
-        return tl.dot(a, w.trans(), total, out_dtype=tl.int32)
-    EACH: tl.constexpr = GROUP != 0 and GROUP % BLOCK_K != 0
-    place = 0
-    if GROUP != 0:
-        place = k // GROUP
-    if EACH:
-        ks = k + tl.arange(0, BLOCK_K)
-        where = (ks // GROUP)[None, :]
-        held = w_mask[:, None] & (ks < K)[None, :]
-    if PACK == 8:
-        zero = tl.full([BLOCK_N, 1], 0.0 if EACH else 8.0, dtype=tl.float32)
-        if HAS_ZERO and not EACH:
-            zero = tl.load(zero_ptrs + place, mask=w_mask, other=0).to(tl.float32)[:, None]
-        w = _widened_int4(w, zero, BLOCK_N, BLOCK_K, BF16)
-        if EACH:
-            zero = tl.full([BLOCK_N, BLOCK_K], 8.0, dtype=tl.float32)
-            if HAS_ZERO:
-                zero = tl.load(zero_ptrs[:, None] + where, mask=held, other=0).to(tl.float32)
-            w = w.to(tl.float32) - zero
+        total = tl.dot(a, w.trans(), total, out_dtype=tl.int32)
     else:
-        w = _widened_int8(w)
-    if EACH:
-        w *= tl.load(scale_ptrs[:, None] + where, mask=held, other=0.0).to(tl.float32)
-    w = w.to(a.dtype).trans()
-    if GROUP == 0 or EACH:
-        return tl.dot(a, w, total, input_precision="ieee")
-    factor = tl.load(scale_ptrs + place, mask=w_mask, other=0.0).to(tl.float32)[None, :]
-    return total + tl.dot(a, w, input_precision="ieee") * factor
+        EACH: tl.constexpr = GROUP != 0 and GROUP % BLOCK_K != 0
+        place = 0
+        if GROUP != 0:
+            place = k // GROUP
+        if EACH:
+            ks = k + tl.arange(0, BLOCK_K)
+            where = (ks // GROUP)[None, :]
+            held = w_mask[:, None] & (ks < K)[None, :]
+        if PACK == 8:
+            zero = tl.full([BLOCK_N, 1], 0.0 if EACH else 8.0, dtype=tl.float32)
+            if HAS_ZERO and not EACH:
+                zero = tl.load(zero_ptrs + place, mask=w_mask, other=0).to(tl.float32)[:, None]
+            values = _widened_int4(w, zero, BLOCK_N, BLOCK_K, BF16)
+            if EACH:
+                zeros = tl.full([BLOCK_N, BLOCK_K], 8.0, dtype=tl.float32)
+                if HAS_ZERO:
+                    zeros = tl.load(zero_ptrs[:, None] + where, mask=held, other=0).to(tl.float32)
+                values = values.to(tl.float32) - zeros
+        else:
+            values = _widened_int8(w)
+        if EACH:
+            values *= tl.load(scale_ptrs[:, None] + where, mask=held, other=0.0).to(tl.float32)
+        values = values.to(a.dtype).trans()
+        if GROUP == 0 or EACH:
+            total = tl.dot(a, values, total, input_precision="ieee")
+        else:
+            factor = tl.load(scale_ptrs + place, mask=w_mask, other=0.0).to(tl.float32)[None, :]
+            total += tl.dot(a, values, input_precision="ieee") * factor
+    return total
 
 
 @triton.jit
