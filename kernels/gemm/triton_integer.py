@@ -15,7 +15,7 @@ from .formats import INT4, group_of
 from .policy import require_integer_products
 
 WORD = 8  # INT4 codes in the 32-bit words that the kernel reads
-_LEAST_STEP = 32  # columns; groups that share less with a tile have their factors applied to each weight
+_LEAST_STEP = 32  # columns; where groups end within so many, factors are applied to each weight (and take registers)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def step_of(weight: torch.Tensor, scale: torch.Tensor, wanted: int, columns: int
         return wanted, 0
     group = group_of(weight, scale)
     within = math.gcd(group, wanted)
-    return (within if within >= _LEAST_STEP else wanted), group
+    return max(within, _LEAST_STEP), group
 
 
 @triton.jit

@@ -10,7 +10,9 @@ from .check import check_fused_moe, check_route, check_shared
 from .config import config_text
 
 dispatch.declare("route")
-dispatch.declare("fused_moe", cuda=lambda: f"triton ({activation_text()}; {integer_text()}; {config_text()})")
+dispatch.declare(
+    "fused_moe", cuda=lambda: f"triton ({activation_text()}; {integer_text()}, tiles from a table; {config_text()})"
+)
 dispatch.declare("add_shared_expert")
 
 

@@ -88,13 +88,16 @@ def forced(config: MoeConfig) -> Iterator[None]:
         _forced = before
 
 
-def default_config(num_pairs: int, num_experts: int, activation_bytes: int) -> MoeConfig:
-    """The table, by the rows an expert gets on average and the bytes of one activation (1 is FP8).
+def default_config(num_pairs: int, num_experts: int, activation_bytes: int, integers: bool = False) -> MoeConfig:
+    """The table, by the rows an expert gets on average and the bytes of one activation (1 is FP8 or INT8).
 
-    Every entry fits 99 KiB of shared memory, the least that a supported GPU has.
+    Every entry fits 99 KiB of shared memory, the least that a supported GPU has. `integers` (INT4 and INT8 weights) has
+    tiles of its own for few rows: those that `qwen3next_plugin.tune`'s estimates name first for nearly every GPU.
     """
     rows = num_pairs / max(num_experts, 1)
     depth = 128 // activation_bytes
+    if integers and rows <= 32:
+        return MoeConfig(16 if rows <= 16 else 32, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))
     if rows <= 16:
         return MoeConfig(16, Tile(64, depth, 4, 3), Tile(64, depth, 4, 4))
     if rows <= 32:
@@ -185,7 +188,7 @@ def choose_config(tokens: int, top_k: int, w13: torch.Tensor, activation_bytes: 
         found = _from_files(_folders(), _gpu_of(w13.device), name, tokens, activation_bytes)
         if found is not None:
             return found
-    return default_config(tokens * top_k, experts, activation_bytes)
+    return default_config(tokens * top_k, experts, activation_bytes, w13.dtype in (torch.uint8, torch.int8))
 
 
 def config_text() -> str:
