@@ -141,7 +141,12 @@ def test_fp8_with_a_factor_a_row(rounded: bool | None, dtype: torch.dtype, backe
 
 def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(moe, "quantizes_activations", lambda rows, device: asked.append(rows) is not None)
+
+    def never(rows: int, device: torch.device) -> bool:
+        asked.append(rows)
+        return False
+
+    monkeypatch.setattr(moe, "quantizes_activations", never)
     x, router, ids = torch.randn(2, 32, device=device), torch.rand(2, 1, device=device), random_ids(2, 2, 1, device)
     q13, s13 = gemm.quantize_block(torch.randn(2, 64, 32, device=device), (1, 32))
     q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32, device=device), (1, 32))
