@@ -1,15 +1,25 @@
-"""FP8 block-scaled quantisation and matrix products."""
+"""Quantisation and matrix products with FP8, INT8 and INT4 weights."""
 
 import torch
 
 from .. import dispatch
-from . import reference
-from .policy import activation_text, quantizes_activations
-from .reference import FP8, block_size, dequantize_block, quantize_block
+from . import formats, reference
+from .formats import check_quantized, check_rounding, columns_of
+from .policy import activation_text, integer_text, quantizes_activations
+from .reference import FP8, block_size, dequantize_block, has_row_factors, quantize_block
 
-__all__ = ["FP8", "block_fp8_matmul", "block_size", "dequantize_block", "quantize_block", "quantize_tokens"]
+__all__ = [
+    "FP8",
+    "block_fp8_matmul",
+    "block_size",
+    "dequantize_block",
+    "quantize_block",
+    "quantize_tokens",
+    "quantized_matmul",
+]
 
 dispatch.declare("quantize_tokens")
+dispatch.declare("quantized_matmul", cuda=lambda: f"triton ({integer_text()})")
 dispatch.declare("block_fp8_matmul", cuda=lambda: f"triton ({activation_text()})")
 
 
@@ -72,9 +82,9 @@ def block_fp8_matmul(
     """x @ (weight * scale_inv expanded over its blocks).T, accumulated in float32.
 
     x [M, K] bf16/fp16/fp32, weight [N, K] float8_e4m3fn, scale_inv [ceil(N/128), ceil(K/128)] float32 (smaller blocks:
-    see `block_size`) -> [M, N] in x's dtype. quantize_activations rounds x to FP8 by 1x128 groups first; None decides
-    by M and the GPU (`policy.quantizes_activations`), and never rounds on a CPU. Raises ValueError for shapes that do
-    not fit.
+    or one factor a row, [N, 1]: see `block_size`) -> [M, N] in x's dtype. quantize_activations rounds x to FP8 by 1x128
+    groups first; None decides by M and the GPU (`policy.quantizes_activations`), and never rounds on a CPU or where
+    rows have factors. Raises ValueError for shapes that do not fit.
     """
     _check_matmul(x, weight, scale_inv)
     if dispatch.choose(x, backend) == dispatch.REFERENCE:
@@ -82,5 +92,52 @@ def block_fp8_matmul(
     from . import triton
 
     if quantize_activations is None:
-        quantize_activations = quantizes_activations(x.shape[0], x.device)
+        rounds = quantizes_activations(x.shape[0], x.device)
+        quantize_activations = rounds and not has_row_factors(weight, scale_inv)
     return triton.block_fp8_matmul(x, weight, scale_inv, quantize_activations)
+
+
+def _quantized_matmul_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    *,
+    quantize_activations: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@dispatch.custom_op(fake=_quantized_matmul_fake)
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    *,
+    quantize_activations: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """x @ ((code - zero) * scale).T with INT4 or INT8 weights, accumulated in float32.
+
+    x [T, K] bf16/fp16/fp32; weight uint8 [N, K/2] (INT4, low nibble first, K a multiple of 8) or int8 [N, K]; scale
+    [N, K/G] of any float type, G dividing K and at least 16; zero uint8 like scale, None: 8 (INT4) or 0 -> [T, N] in
+    x's dtype. Weights are widened to x's dtype, exactly where 32 columns or more share a scale, else after their
+    factor. quantize_activations (INT8, G = K) rounds x to INT8 by tokens and sums in int32. Raises ValueError for
+    shapes or dtypes that do not fit. Formats: see `integer`.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != columns_of(weight):
+        raise ValueError(
+            f"quantized_matmul: x is {list(x.shape)} and weight is {weight.dtype} {list(weight.shape)}; they must be "
+            "[T, K] and [N, K], INT4 (uint8) [N, K/2]"
+        )
+    if weight.dtype is FP8:
+        raise ValueError("quantized_matmul: weight is FP8; use block_fp8_matmul, which takes factors a row too")
+    check_quantized(weight, scale, zero, ("weight", "scale", "zero"))
+    check_rounding(quantize_activations, weight, scale, ("weight", "scale"))
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        return formats.quantized_matmul(x, weight, scale, zero, quantize_activations)
+    from . import triton_integer
+
+    return triton_integer.quantized_matmul(x, weight, scale, zero, quantize_activations)

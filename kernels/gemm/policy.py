@@ -44,6 +44,12 @@ def weight_codes(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(torch.uint8)
 
 
+def require_integer_products(device: torch.device) -> None:
+    """Raise ValueError for a GPU whose tensor cores take neither bf16 nor INT8 as the kernels use them."""
+    if device.type == "cuda":
+        _require(device, MIN_CAPABILITY, "INT4 and INT8 weights need", "use another one")
+
+
 def require_fp8_units(device: torch.device) -> None:
     """Raise ValueError for a GPU that cannot round to FP8, where Triton would fail while compiling."""
     if device.type == "cuda":
@@ -58,6 +64,13 @@ def _require(device: torch.device, least: tuple[int, int], what: str, remedy: st
             f"{what} a GPU of compute capability {least[0]}.{least[1]} or later; "
             f"{torch.cuda.get_device_name(device)} has {major}.{minor}: {remedy}"
         )
+
+
+def integer_text() -> str:
+    """One phrase saying what any GPU does with INT4 and INT8 weights, for the activation log line."""
+    return (
+        "INT4 and INT8 weights: widened in the kernels, activations kept, or INT8 a token where the checkpoint says so"
+    )
 
 
 def activation_text() -> str:

@@ -13,13 +13,23 @@ BLOCK = 128
 GROUP = 128
 
 
+def has_row_factors(weight: torch.Tensor, scale_inv: torch.Tensor) -> bool:
+    """Whether scale_inv [..., N, 1] holds a factor for each of the rows of weight [..., N, K]."""
+    return tuple(scale_inv.shape[-2:]) == (weight.shape[-2], 1)
+
+
 def block_size(weight: torch.Tensor, scale_inv: torch.Tensor, name: str = "scale_inv") -> tuple[int, int]:
     """The (rows, columns) one scale covers: in each dimension the largest power of two up to 128 that fits the shapes.
+
+    A scale [..., N, 1] is one a row: (1, a power of two that no row is longer than).
 
     weight [..., N, K], scale_inv [..., blocks of N, blocks of K]. A tensor-parallel shard whose rows do not end on a
     block of 128 carries smaller blocks (64 for gate and up of 64 rows each), and its scale's shape says so. Raises
     ValueError, naming the tensor `name`, when no power of two fits.
     """
+
+    if has_row_factors(weight, scale_inv):
+        return 1, max(BLOCK, 1 << (weight.shape[-1] - 1).bit_length())
 
     def fit(size: int, blocks: int) -> int:
         for candidate in (128, 64, 32, 16):

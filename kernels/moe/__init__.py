@@ -3,13 +3,16 @@
 import torch
 
 from .. import dispatch
-from ..gemm.policy import activation_text, quantizes_activations
+from ..gemm.policy import activation_text, integer_text, quantizes_activations
+from ..gemm.reference import FP8, has_row_factors
 from . import reference
 from .check import check_fused_moe, check_route, check_shared
 from .config import config_text
 
 dispatch.declare("route")
-dispatch.declare("fused_moe", cuda=lambda: f"triton ({activation_text()}; {config_text()})")
+dispatch.declare(
+    "fused_moe", cuda=lambda: f"triton ({activation_text()}; {integer_text()}, tiles from a table; {config_text()})"
+)
 dispatch.declare("add_shared_expert")
 
 
@@ -62,6 +65,8 @@ def _fused_moe_fake(
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
     *,
+    w13_zero: torch.Tensor | None = None,
+    w2_zero: torch.Tensor | None = None,
     quantize_activations: bool | None = None,
     num_shared: int = 0,
     backend: str | None = None,
@@ -79,31 +84,45 @@ def fused_moe(
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
     *,
+    w13_zero: torch.Tensor | None = None,
+    w2_zero: torch.Tensor | None = None,
     quantize_activations: bool | None = None,
     num_shared: int = 0,
     backend: str | None = None,
 ) -> torch.Tensor:
     """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]) with e = topk_ids[m,k].
 
-    x [M, H] bf16/fp16/fp32; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] of x's dtype, or float8_e4m3fn
-    with float32 block factors w13_scale [E, 2*ceil(I/b), ceil(H/b)] (gate and up blocked each for itself) and w2_scale
-    [E, ceil(H/b), ceil(I/b)], where b is 128 or, told by the scale's shape, a smaller power of two; topk_weights [M, k]
-    float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism). quantize_activations
-    rounds the inputs of both products to FP8 by 1x128 groups (FP8 weights only); None decides by the rows an expert
-    gets on average and the GPU, and never rounds on a CPU. num_shared says how many of the experts, the last ones, take
-    every token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed order:
-    equal inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not fit.
+    x [M, H] bf16/fp16/fp32; w13 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I] of x's dtype, or quantised:
+
+    - float8_e4m3fn with float32 block factors w13_scale [E, 2*ceil(I/b), ceil(H/b)] (gate and up blocked each for
+      itself) and w2_scale [E, ceil(H/b), ceil(I/b)], where b is 128 or, told by the scale's shape, a smaller power of
+      two; or with one factor a row, [E, 2I, 1] and [E, H, 1]
+    - int8 (INT8) with w13_scale [E, 2I, H/G] and w2_scale [E, H, I/G] of any float type, G dividing H (I), at least 16
+    - uint8 (INT4), two codes a byte: w13 [E, 2I, H/2], w2 [E, H, I/2], scales as for INT8, and zeros w13_zero and
+      w2_zero uint8 like the scales, None: 8 everywhere; see `gemm.integer`
+
+    topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism).
+    quantize_activations rounds the inputs of both products: to FP8 by 1x128 groups (FP8 weights), or to INT8 by tokens
+    (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks decided by the rows an expert gets on
+    average and the GPU, never on a CPU; else they are kept. num_shared says how many of the experts, the last ones,
+    take every token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed
+    order: equal inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not
+    fit.
     Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
     """
-    check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations)
+    check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, w13_zero, w2_zero)
     if dispatch.choose(x, backend) == dispatch.REFERENCE:
-        return reference.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, bool(quantize_activations))
+        rounds = bool(quantize_activations)
+        return reference.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, rounds, w13_zero, w2_zero)
     from . import triton
 
     if quantize_activations is None:
         rows = topk_ids.numel() // max(w13.shape[0], 1)
-        quantize_activations = w13_scale is not None and quantizes_activations(rows, x.device)
-    return triton.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, num_shared)
+        blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
+        quantize_activations = blocks and quantizes_activations(rows, x.device)
+    return triton.fused_moe(
+        x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, w13_zero, w2_zero, num_shared
+    )
 
 
 def _add_shared_expert_fake(

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..gemm.reference import FP8, block_size
+from ..gemm.formats import QUANTIZED, check_quantized, check_rounding, columns_of
+from ..gemm.reference import FP8
 
 MAX_EXPERTS = 1024  # the router keeps a token's whole row in registers
 
@@ -35,6 +36,8 @@ def check_fused_moe(
     w13_scale: torch.Tensor | None,
     w2_scale: torch.Tensor | None,
     quantize_activations: bool | None,
+    w13_zero: torch.Tensor | None,
+    w2_zero: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the shapes, dtypes and scales fit each other (see `fused_moe`)."""
     if x.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
@@ -42,11 +45,13 @@ def check_fused_moe(
             f"fused_moe: x, w13 and w2 are {list(x.shape)}, {list(w13.shape)} and {list(w2.shape)}; they must be "
             "[M, H], [E, 2I, H] and [E, H, I]"
         )
-    experts, hidden, inner = w13.shape[0], x.shape[1], w2.shape[2]
-    if list(w13.shape) != [experts, 2 * inner, hidden] or list(w2.shape) != [experts, hidden, inner]:
+    experts, hidden, inner = w13.shape[0], x.shape[1], columns_of(w2)
+    held13, held2 = [experts, 2 * inner, columns_of(w13)], [w2.shape[0], w2.shape[1], inner]
+    if held13 != [experts, 2 * inner, hidden] or list(w13.shape[:2]) != held13[:2] or held2 != [experts, hidden, inner]:
+        packed = " with two codes a byte" if torch.uint8 in (w13.dtype, w2.dtype) else ""
         raise ValueError(
-            f"fused_moe: w13 is {list(w13.shape)} and w2 is {list(w2.shape)}; with x {list(x.shape)} and I = {inner} "
-            f"they must be [E, {2 * inner}, {hidden}] and [E, {hidden}, {inner}]"
+            f"fused_moe: w13 is {list(w13.shape)} and w2 is {list(w2.shape)}{packed}; with x {list(x.shape)} and "
+            f"I = {inner} they must be [E, {2 * inner}, {hidden}] and [E, {hidden}, {inner}]"
         )
     if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(
@@ -56,31 +61,44 @@ def check_fused_moe(
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"fused_moe: topk_ids is {topk_ids.dtype}; it must be int32 or int64")
     if (w13_scale is None) != (w2_scale is None):
-        raise ValueError("fused_moe: give both w13_scale and w2_scale (FP8 weights) or neither")
-    if quantize_activations and w13_scale is None:
-        raise ValueError("fused_moe: quantize_activations needs FP8 weights with w13_scale and w2_scale")
-    expected = x.dtype if w13_scale is None else FP8
-    if w13.dtype != expected or w2.dtype != expected:
-        raise ValueError(
-            f"fused_moe: w13 is {w13.dtype} and w2 is {w2.dtype}; {'without' if w13_scale is None else 'with'} scales "
-            f"both must be {expected}"
-        )
-    for name, weight, scale in (("w13_scale", w13, w13_scale), ("w2_scale", w2, w2_scale)):
-        if scale is not None:
-            if scale.dim() != 3 or scale.shape[0] != experts:
-                raise ValueError(
-                    f"fused_moe: {name} is {list(scale.shape)}; it must be [{experts}, row blocks, column blocks]"
-                )
-            if name == "w13_scale" and scale.shape[1] % 2:
-                raise ValueError(
-                    f"fused_moe: w13_scale is {list(scale.shape)}; gate and up need as many row blocks each"
-                )
-            halved = name == "w13_scale"
-            block_size(
-                weight.unflatten(1, (2, -1)) if halved else weight,
-                scale.unflatten(1, (2, -1)) if halved else scale,
-                name,
+        raise ValueError("fused_moe: give both w13_scale and w2_scale (quantised weights) or neither")
+    if w13_scale is None or w2_scale is None:
+        if quantize_activations:
+            raise ValueError(
+                "fused_moe: quantize_activations needs FP8 weights or INT8 ones with w13_scale and w2_scale"
             )
+        if w13_zero is not None or w2_zero is not None:
+            raise ValueError("fused_moe: w13_zero and w2_zero belong to INT4 weights with w13_scale and w2_scale")
+    elif w13.dtype != w2.dtype or w13.dtype not in QUANTIZED:
+        raise ValueError(
+            f"fused_moe: w13 is {w13.dtype} and w2 is {w2.dtype}; with scales both must be one of "
+            f"{', '.join(map(str, QUANTIZED))}"
+        )
+    else:
+        _check_quantized_experts(w13, w13_scale, w13_zero, "w13")
+        check_quantized(w2, w2_scale, w2_zero, _names("w2"))
+        for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
+            check_rounding(bool(quantize_activations), weight, scale, _names(name)[:2])
+        return
+    if w13.dtype != x.dtype or w2.dtype != x.dtype:
+        raise ValueError(f"fused_moe: w13 is {w13.dtype} and w2 is {w2.dtype}; without scales both must be {x.dtype}")
+
+
+def _names(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_scale", f"{name}_zero"
+
+
+def _check_quantized_experts(w13: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, name: str) -> None:
+    """Gate and up are quantised each for itself: FP8 blocks start anew in each half."""
+    if w13.dtype is not FP8:
+        return check_quantized(w13, scale, zero, _names(name))
+    if scale.dim() != 3 or scale.shape[0] != w13.shape[0]:
+        raise ValueError(
+            f"fused_moe: {name}_scale is {list(scale.shape)}; it must be [{w13.shape[0]}, row blocks, column blocks]"
+        )
+    if scale.shape[1] % 2:
+        raise ValueError(f"fused_moe: {name}_scale is {list(scale.shape)}; gate and up need as many row blocks each")
+    check_quantized(w13.unflatten(1, (2, -1)), scale.unflatten(1, (2, -1)), zero, _names(name))
 
 
 def check_shared(routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor) -> None:

@@ -93,13 +93,16 @@ def is_forced() -> bool:
     return _forced is not None
 
 
-def default_config(num_pairs: int, num_experts: int, activation_bytes: int) -> MoeConfig:
-    """The table, by the rows an expert gets on average and the bytes of one activation (1 is FP8).
+def default_config(num_pairs: int, num_experts: int, activation_bytes: int, integers: bool = False) -> MoeConfig:
+    """The table, by the rows an expert gets on average and the bytes of one activation (1 is FP8 or INT8).
 
-    Every entry fits 99 KiB of shared memory, the least that a supported GPU has.
+    Every entry fits 99 KiB of shared memory, the least that a supported GPU has. `integers` (INT4 and INT8 weights) has
+    tiles of its own for few rows: those that `qwen3next_plugin.tune`'s estimates name first for nearly every GPU.
     """
     rows = num_pairs / max(num_experts, 1)
     depth = 128 // activation_bytes
+    if integers and rows <= 32:
+        return MoeConfig(16 if rows <= 16 else 32, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3))
     if rows <= 16:
         return MoeConfig(16, Tile(64, depth, 4, 3), Tile(64, depth, 4, 4))
     if rows <= 32:
@@ -109,9 +112,16 @@ def default_config(num_pairs: int, num_experts: int, activation_bytes: int) -> M
     return MoeConfig(128, Tile(64, depth, 8, 3), Tile(128, depth, 8, 3))
 
 
-def file_name(experts: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
-    """The file for the weights of one rank: w13 [experts, 2 * inner, hidden] of this dtype."""
-    return f"E={experts},H={hidden},I={inner},dtype={str(dtype).removeprefix('torch.')}.json"
+def weights_name(dtype: torch.dtype, activation_bytes: int) -> str:
+    """What files call weights held in `dtype`: INT8 ones meet activations of one byte or wider ones."""
+    if dtype is torch.int8:
+        return "int8_w8a8" if activation_bytes == 1 else "int8_w8a16"
+    return "int4_w4a16" if dtype is torch.uint8 else str(dtype).removeprefix("torch.")
+
+
+def file_name(experts: int, hidden: int, inner: int, weights: str) -> str:
+    """The file for the weights of one rank: w13 [experts, 2 * inner, hidden], named as `weights_name` does."""
+    return f"E={experts},H={hidden},I={inner},dtype={weights}.json"
 
 
 def config_object(config: MoeConfig) -> dict[str, Any]:
@@ -173,16 +183,17 @@ def _folders() -> tuple[Path, ...]:
 
 
 def choose_config(tokens: int, top_k: int, w13: torch.Tensor, activation_bytes: int) -> MoeConfig:
-    """The config for `tokens` tokens with w13 [E, 2I, H] on its device and activations of so many bytes."""
+    """The config for `tokens` tokens with w13 [E, 2I, H (INT4: H/2)] on its device and activations of so many bytes."""
     if _forced is not None:
         return _forced
     experts, double_inner, hidden = w13.shape
     if w13.is_cuda:
-        name = file_name(experts, hidden, double_inner // 2, w13.dtype)
+        hidden *= 2 if w13.dtype is torch.uint8 else 1
+        name = file_name(experts, hidden, double_inner // 2, weights_name(w13.dtype, activation_bytes))
         found = _from_files(_folders(), _gpu_of(w13.device), name, tokens, activation_bytes)
         if found is not None:
             return found
-    return default_config(tokens * top_k, experts, activation_bytes)
+    return default_config(tokens * top_k, experts, activation_bytes, w13.dtype in (torch.uint8, torch.int8))
 
 
 def config_text() -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from ..gemm.reference import dequantize_block, dequantize_tokens, quantize_tokens
+from ..gemm.formats import dequantize, round_activations
 
 
 def route(
@@ -50,12 +50,14 @@ def fused_moe(
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
     quantize_activations: bool = False,
+    w13_zero: torch.Tensor | None = None,
+    w2_zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y[m] = sum over k of topk_weights[m,k] * w2[e] @ swiglu(w13[e] @ x[m]), e = topk_ids[m,k]; e < 0 adds nothing.
 
     x [M, H], w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I], ids and weights [M, k] -> [M, H] in x's dtype.
-    FP8 weights come with block factors and are dequantised; their products run in float32. With quantize_activations
-    the inputs of both products are rounded to FP8 by groups of 1x128.
+    Quantised weights come with factors (and INT4 with zeros) and are dequantised; their products run in float32. With
+    quantize_activations the inputs of both products are rounded: to FP8 by groups of 1x128, to INT8 by tokens.
     """
     tokens, top_k = topk_ids.shape
     compute = x.dtype if w13_scale is None else torch.promote_types(x.dtype, torch.float32)
@@ -65,25 +67,26 @@ def fused_moe(
     skipped, active = counts[0], [(expert, count) for expert, count in enumerate(counts[1:]) if count]
     sizes = [count for _, count in active]
 
-    def project(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, halves: int) -> torch.Tensor:
+    def project(
+        rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, halves: int
+    ) -> torch.Tensor:
         """Each expert's rows [rows, K] by its matrix of weight [E, N, K], whose blocks start anew in each half."""
-        rows = rows.to(compute)
-        if quantize_activations:
-            rows = dequantize_tokens(*quantize_tokens(rows), compute)
+        rows = round_activations(rows, weight, compute) if quantize_activations else rows.to(compute)
         # in training unbound once: the gradient of weight[expert] would be a tensor of all experts' size for each
         matrices, parts = weight.unbind(0) if weight.requires_grad else weight, []
         for (expert, _), part in zip(active, rows.split(sizes), strict=True):
             matrix = matrices[expert]
             if scale is not None:
                 codes, factors = matrix.unflatten(0, (halves, -1)), scale[expert].unflatten(0, (halves, -1))
-                matrix = dequantize_block(codes, factors, compute).flatten(0, 1)
+                zeros = None if zero is None else zero[expert].unflatten(0, (halves, -1))
+                matrix = dequantize(codes, factors, zeros, compute).flatten(0, 1)
             parts.append(functional.linear(part, matrix))
         return torch.cat(parts)
 
     if not active:
         return x.new_zeros(x.shape)
-    activated = swiglu(project(x[order[skipped:] // top_k], w13, w13_scale, 2))
-    sorted_pairs = project(activated, w2, w2_scale, 1)
+    activated = swiglu(project(x[order[skipped:] // top_k], w13, w13_scale, w13_zero, 2))
+    sorted_pairs = project(activated, w2, w2_scale, w2_zero, 1)
     pairs = sorted_pairs.new_zeros(flat.numel(), x.shape[1]).index_copy(0, order[skipped:], sorted_pairs)
     accumulate = torch.promote_types(x.dtype, torch.float32)
     pairs = pairs.view(tokens, top_k, x.shape[1]).to(accumulate)

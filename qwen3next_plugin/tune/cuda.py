@@ -63,7 +63,8 @@ def this_gpu() -> Gpu:
 def versions() -> dict[str, str]:
     """What a measurement depends on besides the GPU: versions, and a digest of the kernels' files."""
     folder = Path(moe.__file__).resolve().parent
-    files = sorted([*folder.rglob("*.py"), folder.parent / "gemm" / "triton.py", folder.parent / "gemm" / "policy.py"])
+    products = (folder.parent / "gemm" / name for name in ("triton.py", "triton_integer.py", "policy.py"))
+    files = sorted([*folder.rglob("*.py"), *products])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.name != "config.py"))
     found = {name: metadata.version(name) for name in ("torch", "triton")}
     return found | {"cuda": torch.version.cuda or "none", "kernels": digest.hexdigest()[:12]}

@@ -12,7 +12,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels.gemm.policy import MIN_ROWS
 from qwen3next_plugin.kernels.gpus import Gpu
-from qwen3next_plugin.kernels.moe.config import file_name
+from qwen3next_plugin.kernels.moe.config import file_name, weights_name
 from qwen3next_plugin.spec import Qwen3NextSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -59,7 +59,7 @@ class Problem:
     @property
     def file_name(self) -> str:
         """Of the config file."""
-        return file_name(self.experts, self.hidden, self.inner, self.dtype)
+        return file_name(self.experts, self.hidden, self.inner, weights_name(self.dtype, 2))
 
     def activation_bytes(self, tokens: int, gpu: Gpu) -> int:
         """Of one activation where it meets the weights, as `fused_moe` decides when it is not told."""

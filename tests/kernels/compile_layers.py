@@ -78,11 +78,11 @@ def launch_experts(dtype: torch.dtype, tokens: int) -> None:
     router, ids = torch.zeros(tokens, choices), torch.zeros(tokens, choices, dtype=torch.int32)
     for inner in (INNER, INNER // 8):
         w13, w2 = torch.zeros(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, inner, dtype=dtype)
-        moe.fused_moe(x, w13, w2, router, ids, None, None, False, 0)
+        moe.fused_moe(x, w13, w2, router, ids, None, None, False)
         codes, blocks = (w13.to(torch.float8_e4m3fn), w2.to(torch.float8_e4m3fn)), -(-inner // 128)
         scales = torch.zeros(EXPERTS, 2 * blocks, 16), torch.zeros(EXPERTS, 16, blocks)
         for rounded in ROUNDED:
-            moe.fused_moe(x, *codes, router, ids, *scales, rounded, 0)
+            moe.fused_moe(x, *codes, router, ids, *scales, rounded)
 
 
 def main() -> None:

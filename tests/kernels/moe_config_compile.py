@@ -66,9 +66,9 @@ def launch_all() -> None:
     (q13, s13), (q2, s2) = gemm.quantize_block(w13), gemm.quantize_block(w2)
     for config in CONFIGS:
         with forced(config):
-            moe.fused_moe(x, w13, w2, *routing, None, None, False, 0)
+            moe.fused_moe(x, w13, w2, *routing, None, None, False)
             for rounded in (False, True):
-                moe.fused_moe(x, q13, q2, *routing, s13, s2, rounded, 0)
+                moe.fused_moe(x, q13, q2, *routing, s13, s2, rounded)
 
 
 if __name__ == "__main__":

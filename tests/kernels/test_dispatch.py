@@ -21,6 +21,7 @@ COMPILED_OPS = {
     "add_shared_expert": moe,
     "quantize_tokens": gemm,
     "block_fp8_matmul": gemm,
+    "quantized_matmul": gemm,
 }
 
 
@@ -59,6 +60,7 @@ def test_describe_names_every_operation() -> None:
     assert all(text.startswith("triton") for text in on_cuda.values())
     assert all(text.startswith("reference") for text in on_cpu.values())
     assert "activations" in on_cuda["fused_moe"]
+    assert all("INT4 and INT8 weights" in on_cuda[op] for op in ("fused_moe", "quantized_matmul"))
     with pytest.raises(ValueError, match="device_type is 'tpu'"):
         dispatch.describe("tpu")
 

@@ -52,6 +52,21 @@ def write(folder: Path, entries: list[tuple[int, int, MoeConfig]], source: str =
     return path
 
 
+@pytest.mark.parametrize(
+    ("dtype", "columns", "activation_bytes", "name"),
+    [(torch.uint8, 8, 2, "int4_w4a16"), (torch.int8, 16, 2, "int8_w8a16"), (torch.int8, 16, 1, "int8_w8a8")],
+)
+def test_integer_weights_have_files_and_a_table_of_their_own(
+    dtype: torch.dtype, columns: int, activation_bytes: int, name: str, tmp_path: Path
+) -> None:
+    weights: Any = type("W", (), {"shape": (4, 16, columns), "dtype": dtype, "device": W13.device, "is_cuda": True})()
+    table = config.default_config(8, 4, activation_bytes, True)
+    assert table.gate_up.block_k == 128 and config.choose_config(4, 2, weights, activation_bytes) == table
+    write(tmp_path / "shipped", [(1, activation_bytes, LARGE)], name=f"E=4,H=16,I=8,dtype={name}.json")
+    config._from_files.cache_clear()
+    assert config.choose_config(4, 2, weights, activation_bytes) == LARGE
+
+
 def test_default_tiles_grow_with_the_rows_of_an_expert() -> None:
     blocks = [config.default_config(tokens * 10, 512, 2).block_m for tokens in (1, 512, 1024, 4096, 32768)]
     assert blocks == [16, 16, 32, 64, 128]
