@@ -211,17 +211,17 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         assert self.draft_records is not None
         requests = last_tokens.shape[0]
         cache = self.req_to_token_pool.mamba_pool.mamba_cache
-        kept: dict[str, torch.Tensor] = {}
         if snapshot_slots is not None and snapshot_tokens is not None:
-            slots = self._translate_mamba_indices(snapshot_slots)
-            kept = {"snapshot_slots": slots[:requests], "snapshot_tokens": snapshot_tokens[:requests]}
+            snapshot_slots = self._translate_mamba_indices(snapshot_slots)[:requests]
+            snapshot_tokens = snapshot_tokens[:requests]
         gdn_commit(
             cache.conv[0],
             cache.temporal,
             self.draft_records,
             state_slots=self.forward_metadata.mamba_cache_indices[:requests],
             last_tokens=last_tokens,
-            **kept,
+            snapshot_slots=snapshot_slots,
+            snapshot_tokens=snapshot_tokens,
         )
 
 

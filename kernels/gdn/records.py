@@ -42,12 +42,11 @@ class DraftRecords:
         """Zeroed records of at most ``tokens`` tokens for ``rows`` rows."""
         shape = (layers, rows, tokens)
         conv_dim = 2 * num_k_heads * head_k_dim + num_v_heads * head_v_dim
-        wide = {"dtype": torch.float32, "device": device}
         return cls(
             inputs=torch.zeros(*shape, conv_dim, dtype=input_dtype, device=device),
-            keys=torch.zeros(*shape, num_k_heads, head_k_dim, **wide),
-            writes=torch.zeros(*shape, num_v_heads, head_v_dim, **wide),
-            decays=torch.zeros(*shape, num_v_heads, **wide),
+            keys=torch.zeros(*shape, num_k_heads, head_k_dim, dtype=torch.float32, device=device),
+            writes=torch.zeros(*shape, num_v_heads, head_v_dim, dtype=torch.float32, device=device),
+            decays=torch.zeros(*shape, num_v_heads, dtype=torch.float32, device=device),
         )
 
     def layer(self, index: int) -> DraftRecords:

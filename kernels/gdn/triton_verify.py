@@ -35,7 +35,7 @@ def _convolve(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """These channels of a row's tokens, convolved, float32 [BLOCK_M, BLOCK_D]; the first `recorded` inputs go to `kept`.
+    """These channels of a row's tokens, convolved, [BLOCK_M, BLOCK_D]; the first `recorded` inputs go to `kept`.
 
     One sum over the taps, whether an input stands in the window or in the row: a row gives the same bits as the same
     tokens verified and committed one by one.

@@ -66,8 +66,8 @@ class Case:
             if slot >= 0 and end > start and n < (len(rows) if room is None else room)
         ]
         for states, scale in ((self.windows, 1.0), (self.states, 0.3)):
-            for layer in range(len(layers)):
-                fill_slots(states[layer], [slot for *_, slot in self.running], scale)
+            for place in range(len(layers)):
+                fill_slots(states[place], [slot for *_, slot in self.running], scale)
         self.records = gdn.DraftRecords.allocate(
             len(layers),
             len(rows) if room is None else room,
@@ -199,7 +199,9 @@ def test_token_dtypes_and_head_dims(dims: tuple[int, int], dtype: torch.dtype, b
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [2, 3, 8])
 def test_convolution_widths(width: int, backend: str, device: str) -> None:
-    Case([make_layer(TOKENS, device, width=width)], ROWS, backend).check([2, 0, 0, 0, 0], [(7 + n, 0) for n in range(5)])
+    Case([make_layer(TOKENS, device, width=width)], ROWS, backend).check(
+        [2, 0, 0, 0, 0], [(7 + n, 0) for n in range(5)]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
