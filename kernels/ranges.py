@@ -40,3 +40,18 @@ def locate_chunk(
         chunk += tl.sum(tl.where(mine, program - (last - count), 0), 0)
         before += tl.sum(count, 0)
     return row, chunk
+
+
+@triton.jit
+def covered(tokens, query_start, query_end, max_query_len, slots, slots_stride, num_rows, BLOCK: tl.constexpr):
+    """1 for each of `tokens` that is among the first `max_query_len` of a row that is not skipped, else 0."""
+    found = (tokens < 0).to(tl.int32)
+    for first in range(0, num_rows, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        valid = rows < num_rows
+        start = tl.load(query_start + rows, mask=valid, other=0).to(tl.int64)
+        end = tl.load(query_end + rows, mask=valid, other=0).to(tl.int64)
+        slot = tl.load(slots + rows.to(tl.int64) * slots_stride, mask=valid, other=-1).to(tl.int64)
+        here = (start[None, :] <= tokens[:, None]) & (tokens[:, None] < tl.minimum(end, start + max_query_len)[None, :])
+        found = tl.maximum(found, tl.max((here & (slot >= 0)[None, :]).to(tl.int32), 1))
+    return found

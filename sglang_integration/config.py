@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.configs.mamba_utils import Mamba2CacheParams
 from sglang.srt.configs.qwen3_next import HybridLayerType, Qwen3NextConfig
 from sglang.srt.utils.hf_transformers.config import HfModelConfigParser
 from transformers import PretrainedConfig
@@ -20,6 +22,11 @@ MODEL_TYPE = "qwen3_next"
 ARCHITECTURE = "Qwen3NextForCausalLM"
 # Where what config.json said of the rope is kept, since SGLang writes overrides over it.
 WRITTEN_ROPE = "qwen3next_written_rope"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Qwen3NextCacheParams(Mamba2CacheParams):
+    """SGLang's sizes of a request's states, told apart from other models' where a pool is made of them."""
 
 
 class LayerTypesConfig(Qwen3NextConfig):
@@ -48,6 +55,12 @@ class LayerTypesConfig(Qwen3NextConfig):
             LayerKind.LINEAR.value: HybridLayerType.linear_attention.value,
         }
         return [words[name] for name in names]
+
+    @property
+    def mamba2_cache_params(self) -> Qwen3NextCacheParams:
+        """Of this rank, as SGLang has them."""
+        params = super().mamba2_cache_params
+        return Qwen3NextCacheParams(**{field.name: getattr(params, field.name) for field in fields(params)})
 
 
 def full_attention_interval(layer_types: Sequence[str]) -> int | None:

@@ -11,13 +11,12 @@ from sglang.srt.layers.attention.linear import utils as linear_utils
 from sglang.srt.runtime_context import get_exec, mamba_cache_chunk_size
 
 from qwen3next_plugin.errors import RegistrationError
-from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID
-from qwen3next_plugin.kernels.gdn.step import DraftStates, gdn_step
+from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID, DraftRecords, gdn_commit
+from qwen3next_plugin.kernels.gdn.step import gdn_step
 
 from .checks import is_qwen3_next
 from .gdn_metadata import (
     PADDING,
-    DraftPlaces,
     Qwen3NextGdnMetadata,
     decode_rows,
     draft_rows,
@@ -57,10 +56,7 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         super().__init__(model_runner)
         pool = self.req_to_token_pool.mamba_pool
         _refuse_unservable(self.topk, pool)
-        scratch = getattr(pool.mamba_cache, "intermediate_ssm", None)
-        self.draft_places: DraftPlaces | None = None
-        if scratch is not None:
-            self.draft_places = DraftPlaces(scratch.shape[1], scratch.shape[2], scratch.device)
+        self.draft_records: DraftRecords | None = getattr(pool, "draft_records", None)
         # Filled within a captured graph, which alone sees a replay's mask of rows to keep.
         self.snapshot_slots: torch.Tensor | None = None
         # SGLang has just logged kernels of its own, some of which it chooses by the GPU: say that they do not run.
@@ -105,8 +101,6 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens)
         self.snapshot_slots = torch.full_like(self.mamba_track_indices_buf, PADDING)
-        if self.draft_places is not None and max_bs > self.draft_places.rows.shape[0]:
-            self.draft_places = DraftPlaces(max_bs, self.draft_places.num_tokens, self.draft_places.rows.device)
 
     def init_forward_metadata_capture_cpu_graph(self, *args: Any, **kwargs: Any) -> None:
         raise RegistrationError(
@@ -130,9 +124,12 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         if not mode.is_target_verify():
             rows = decode_rows(query_start_loc, slots, self._snapshot_slots_of(batch))
             return Qwen3NextGdnMetadata(slots, recurrent=rows)
-        assert self.draft_places is not None
+        if self.draft_records is None:
+            raise RegistrationError(
+                "SGLang asks for a verification of drafts, but its state pool was made without room for them."
+            )
         slots = slots[: query_start_loc.shape[0] - 1]
-        drafts = draft_rows(query_start_loc, slots, self.draft_places, batch.spec_info.draft_token_num)
+        drafts = draft_rows(query_start_loc, slots, batch.spec_info.draft_token_num)
         return Qwen3NextGdnMetadata(slots, drafts=drafts)
 
     def _take_graph_buffers(self, batch: Any, mode: Any) -> None:
@@ -185,9 +182,8 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         cache = self.req_to_token_pool.mamba2_layer_cache(layer.layer_id)
         drafts = None
         if rows.drafts is not None:
-            ssm = cache.intermediate_ssm
-            states = DraftStates(cache.intermediate_conv_window[0], ssm.view(-1, *ssm.shape[2:]))
-            drafts = (rows.drafts, states)
+            assert self.draft_records is not None
+            drafts = (rows.drafts, self.draft_records.layer(self.req_to_token_pool.mamba_map[layer.layer_id]))
         gdn_step(
             qkvz,
             a,
@@ -201,6 +197,32 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
             drafts=drafts,
         )
         return out
+
+    # After a verification.
+
+    def commit_drafts(
+        self, last_tokens: torch.Tensor, snapshot_slots: torch.Tensor | None, snapshot_tokens: torch.Tensor | None
+    ) -> None:
+        """Move the states of all layers past what the last step's requests accepted, and keep what is to be cached.
+
+        last_tokens [requests]: each one's last accepted token in the step; snapshot_slots, snapshot_tokens [requests]:
+        where and after which token a state is kept besides, the token negative for none. Both None for none at all.
+        """
+        assert self.draft_records is not None
+        requests = last_tokens.shape[0]
+        cache = self.req_to_token_pool.mamba_pool.mamba_cache
+        if snapshot_slots is not None and snapshot_tokens is not None:
+            snapshot_slots = self._translate_mamba_indices(snapshot_slots)[:requests]
+            snapshot_tokens = snapshot_tokens[:requests]
+        gdn_commit(
+            cache.conv[0],
+            cache.temporal,
+            self.draft_records,
+            state_slots=self.forward_metadata.mamba_cache_indices[:requests],
+            last_tokens=last_tokens,
+            snapshot_slots=snapshot_slots,
+            snapshot_tokens=snapshot_tokens,
+        )
 
 
 def _refuse_unservable(topk: int, pool: Any) -> None:

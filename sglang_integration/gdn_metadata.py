@@ -1,8 +1,8 @@
 """What the Gated DeltaNet layers must know of a step, built once a step from SGLang's forward batch.
 
 SGLang gives every request one slot of its state pool. Prefill and decode advance the state in that slot. A verify step
-leaves it alone and writes the state after every draft token to the pool's scratch, row n of the batch to row n of the
-scratch; SGLang copies the accepted one back when it knows how many drafts were right. With the radix strategies
+leaves it alone and records what its tokens do to it, row n of the batch in row n of the records; when SGLang knows how
+many drafts were right, it has the accepted tokens committed. With the radix strategies
 `extra_buffer` and `extra_buffer_lazy` a step also keeps snapshots for the radix tree: a prefill where a chunk ends, a
 decode after its token, in a slot that the scheduler chose (`mamba_track_*`).
 
@@ -26,33 +26,13 @@ PADDING = -1
 class Qwen3NextGdnMetadata:
     """The rows of one step; a row set is None when no request of the step needs it.
 
-    mamba_cache_indices [rows]: every row's slot, `PADDING` for padding. SGLang reads it under this name when it commits
-    what a verify step accepted.
+    mamba_cache_indices [rows]: every row's slot, `PADDING` for padding, under the name that SGLang has for it.
     """
 
     mamba_cache_indices: torch.Tensor
     prefill: PrefillRows | None = None
     recurrent: RecurrentRows | None = None
     drafts: DraftRows | None = None
-
-
-class DraftPlaces:
-    """Where a verify step leaves its states: row n of the batch in row n of the scratch, token by token."""
-
-    def __init__(self, num_rows: int, num_tokens: int, device: torch.device) -> None:
-        self.num_tokens = num_tokens
-        self.rows = torch.arange(num_rows, dtype=torch.int32, device=device)
-        self.slots = torch.arange(num_rows * num_tokens, dtype=torch.int32, device=device).view(num_rows, num_tokens)
-
-    def of_rows(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows [num_rows], slots [num_rows, tokens]) at fixed addresses, unless there are more rows than the scratch.
-
-        Such rows are padding: where they would go is never looked at.
-        """
-        if num_rows > self.rows.shape[0]:
-            more = DraftPlaces(num_rows, self.num_tokens, self.rows.device)
-            return more.rows, more.slots
-        return self.rows[:num_rows], self.slots[:num_rows]
 
 
 def masked_slots(slots: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -97,16 +77,6 @@ def decode_rows(
     )
 
 
-def draft_rows(
-    query_start_loc: torch.Tensor, slots: torch.Tensor, places: DraftPlaces, max_query_len: int
-) -> DraftRows:
+def draft_rows(query_start_loc: torch.Tensor, slots: torch.Tensor, max_query_len: int) -> DraftRows:
     """Rows of a step that verifies drafts; query_start_loc [rows + 1]; a row has at most max_query_len tokens."""
-    rows, output_slots = places.of_rows(slots.shape[0])
-    return DraftRows(
-        query_start=query_start_loc[:-1],
-        query_end=query_start_loc[1:],
-        state_slots=slots,
-        draft_rows=rows,
-        output_slots=output_slots,
-        max_query_len=max_query_len,
-    )
+    return DraftRows(query_start_loc[:-1], query_start_loc[1:], slots, max_query_len)

@@ -29,10 +29,19 @@ _GDN_BACKEND = "sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend"
 _HYBRID = "sglang.srt.layers.attention.hybrid_linear_attn_backend"
 _MODEL_CONFIG = "sglang.srt.configs.model_config.ModelConfig"
 _ARCHITECTURE = "sglang.srt.model_loader.utils.get_model_architecture"
-_AROUND = {  # to functions of `checks`
-    f"{_MODEL_CONFIG}._derive_context_length": "derive_context_length",
-    f"{_MODEL_CONFIG}.from_server_args": "model_config_from",
-    _ARCHITECTURE: "model_architecture",
+_POOLS = "sglang.srt.mem_cache"
+_STATE_BUDGET = f"{_POOLS}.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache"
+_STATE_POOL = f"{_POOLS}.memory_pool.HybridReqToTokenPool._init_mamba_pool"
+_UNIFIED_POOL = f"{_POOLS}.unified_memory_pool.UnifiedHybridReqToTokenPool._init_mamba_pool"
+_COMMIT = f"{_HYBRID}.HybridLinearAttnBackend.update_mamba_state_after_mtp_verify"
+_AROUND = {  # to functions of this package
+    f"{_MODEL_CONFIG}._derive_context_length": "checks.derive_context_length",
+    f"{_MODEL_CONFIG}.from_server_args": "checks.model_config_from",
+    _ARCHITECTURE: "checks.model_architecture",
+    _STATE_BUDGET: "drafts.handle_max_mamba_cache",
+    _STATE_POOL: "drafts.init_mamba_pool",
+    _UNIFIED_POOL: "drafts.init_mamba_pool",
+    _COMMIT: "drafts.update_mamba_state_after_mtp_verify",
 }
 TARGETS = (_GDN_BACKEND, *_AROUND)
 
@@ -48,20 +57,38 @@ RELIANCES = [
         attributes=("init_cuda_graph_state", "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"),
     ),
     Reliance(
-        f"{_HYBRID}.HybridLinearAttnBackend.update_mamba_state_after_mtp_verify",
-        "to keep the states of accepted drafts",
+        _COMMIT,
+        "to commit accepted drafts",
         parameters=("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track"),
+    ),
+    Reliance(_STATE_BUDGET, "to give the memory of drafts' states to requests", parameters=("total_rest_memory",)),
+    Reliance(
+        f"{_POOLS}.kv_cache_configurator.KVCacheConfigurator",
+        "to give the memory of drafts' states to requests",
+        parameters=("model_config", "spec_algorithm"),
+        attributes=("mambaish_config",),
+    ),
+    Reliance("sglang.srt.speculative.spec_info.SpeculativeAlgorithm", "to size its states", attributes=("NONE",)),
+    Reliance("sglang.srt.runtime_context.max_speculative_num_draft_tokens", "to record that many drafts a request"),
+    Reliance(
+        "sglang.srt.configs.mamba_utils.Mamba2CacheParams",
+        "to size what drafts leave behind",
+        parameters=("shape", "layers", "dtype"),
     ),
     Reliance(
         "sglang.srt.mem_cache.memory_pool.HybridReqToTokenPool",
         "to find a request's states",
         attributes=("get_mamba_indices", "translate_mamba_indices", "mamba2_layer_cache"),
     ),
-    Reliance(
-        "sglang.srt.mem_cache.memory_pool.MambaPool.SpeculativeState",
-        "to leave the states of drafts there",
-        parameters=("conv", "temporal", "intermediate_ssm", "intermediate_conv_window"),
+    *(
+        Reliance(
+            pool,
+            "to keep records of drafts in place of states",
+            parameters=("cache_params", "mamba_spec_state_size", "speculative_num_draft_tokens", "device"),
+        )
+        for pool in (_STATE_POOL, _UNIFIED_POOL)
     ),
+    Reliance("sglang.srt.mem_cache.memory_pool.MambaPool.State", "to find the states", parameters=("conv", "temporal")),
     Reliance(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch",
         "to find a step's rows, and where the radix tree wants states",
@@ -125,12 +152,12 @@ def _register_classes() -> None:
 def _register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import checks
     from .gdn_backend import make_gdn_backend
 
     HookRegistry.register(_GDN_BACKEND, _guarded(make_gdn_backend, 0), HookType.REPLACE)
     for target, name in _AROUND.items():
-        HookRegistry.register(target, _guarded(getattr(checks, name), 1), HookType.AROUND)
+        hook = pkgutil.resolve_name(f"{__package__}.{name}")
+        HookRegistry.register(target, _guarded(hook, 1), HookType.AROUND)
     _verify_after(HookRegistry)
 
 

@@ -1,4 +1,4 @@
-"""The short causal convolution over slot-addressed state: prefill of whole ranges, update and verify by a few tokens.
+"""The short causal convolution over slot-addressed state: prefill of whole ranges, update by a few tokens.
 
 Rows are token ranges ``[query_start[n], query_end[n])`` of a flat batch, disjoint and in any order. Empty rows and rows
 with a negative slot are skipped: nothing of theirs is read or written. Tokens in no range keep what ``out`` held.
@@ -11,13 +11,12 @@ from torch import Tensor
 from ..checks import check_optional
 from ..dispatch import TRITON, choose, declare
 from . import reference
-from .validation import check_conv, check_prefill_rows, check_update_rows, check_verify_rows
+from .validation import check_conv, check_prefill_rows, check_update_rows
 
-__all__ = ["causal_conv1d_prefill", "causal_conv1d_update", "causal_conv1d_verify"]
+__all__ = ["causal_conv1d_prefill", "causal_conv1d_update"]
 
 declare("causal_conv1d_prefill")
 declare("causal_conv1d_update")
-declare("causal_conv1d_verify")
 
 
 def _implementation(chosen: str) -> ModuleType:
@@ -135,57 +134,4 @@ def causal_conv1d_update(
         out,
         activation,
         snapshot_slots,
-    )
-
-
-def causal_conv1d_verify(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor,
-    *,
-    query_start: Tensor,
-    query_end: Tensor,
-    state_slots: Tensor,
-    windows: Tensor,
-    window_rows: Tensor,
-    max_query_len: int,
-    out: Tensor,
-    activation: str | None = "silu",
-    backend: str | None = None,
-) -> None:
-    """Convolve the last accepted token and its drafts, leaving the state alone: what to keep is decided later.
-
-    For engines that copy the accepted window back into the state once they know how many drafts were right.
-
-    Args:
-        x, weight, bias, out, activation, backend: as for :func:`causal_conv1d_prefill`.
-        conv_state: ``[S, D, L]`` with ``L >= W - 1``, any strides; the history stands in columns ``[0, W - 1)``.
-        windows: ``[R, M, D, W - 1]``, any strides: the W - 1 inputs up to token j of row n go to
-            ``windows[window_rows[n], j]``. The windows of a row may overlap in memory, as windows sliding over one
-            buffer do; those of two rows may not.
-        query_start, query_end, state_slots, window_rows: ``[N]`` integers.
-        max_query_len: no row is longer, at most M; it may be a host constant of a captured graph.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or ``max_query_len`` exceeds M.
-    """
-    check_conv(x, weight, bias, conv_state, out, activation)
-    rows = check_verify_rows(x, weight, query_start, query_end, state_slots, windows, window_rows, max_query_len)
-    chosen = choose(x, backend)
-    if rows == 0 or x.numel() == 0 or max_query_len == 0:
-        return
-    _implementation(chosen).causal_conv1d_update(
-        x,
-        weight,
-        bias,
-        conv_state,
-        query_start,
-        query_end,
-        state_slots,
-        None,
-        max_query_len,
-        out,
-        activation,
-        windows=(windows, window_rows),
     )

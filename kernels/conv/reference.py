@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def convolve(window: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """Convolve ``window [..., T + W - 1, D]`` down to ``[..., T, D]``; the arithmetic keeps the window's dtype."""
     width = weight.shape[1]
     length = window.shape[-2] - width + 1
@@ -51,7 +51,7 @@ def causal_conv(
     if history is None:
         history = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     window = torch.cat([history.to(x.dtype), x], dim=1)
-    y = _convolve(window.to(_compute_dtype(x)), weight, bias, activation)
+    y = convolve(window.to(_compute_dtype(x)), weight, bias, activation)
     return y.to(x.dtype), window[:, window.shape[1] - (width - 1) :]
 
 
@@ -98,13 +98,9 @@ def causal_conv1d_update(
     max_query_len: int,
     out: Tensor,
     activation: str | None,
-    snapshot_slots: Tensor | None = None,
-    windows: tuple[Tensor, Tensor] | None = None,
+    snapshot_slots: Tensor | None,
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there.
-
-    With ``windows`` (the buffer and each row's place in it) it is
-    :func:`qwen3next_plugin.kernels.conv.causal_conv1d_verify`.
 
     Rows of one length are computed together, so an ordinary decode batch is one vectorised step.
     """
@@ -119,15 +115,10 @@ def causal_conv1d_update(
         first = 0 if num_accepted_tokens is None else num_accepted_tokens[rows] - 1
         history = conv_state[slots, :, first + torch.arange(columns, device=x.device)]
         window = torch.cat([history.to(_compute_dtype(x)), x[tokens].to(_compute_dtype(x))], dim=1)
-        out[tokens] = _convolve(window, weight, bias, activation).to(out.dtype)
+        out[tokens] = convolve(window, weight, bias, activation).to(out.dtype)
         if snapshot_slots is not None:
             targets = snapshot_slots[rows.squeeze(1)].long()
             taken = targets >= 0
             conv_state[targets[taken], :, :columns] = window[taken, length:].mT.to(conv_state.dtype)
-        if windows is not None:
-            buffer, places = windows
-            for j in range(length):
-                buffer[places[rows.squeeze(1)].long(), j] = window[:, j + 1 : j + 1 + columns].mT.to(buffer.dtype)
-        else:
-            kept = torch.arange(columns - 1 + length, device=x.device)
-            conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)
+        kept = torch.arange(columns - 1 + length, device=x.device)
+        conv_state[slots, :, kept] = window[:, 1:].to(conv_state.dtype)

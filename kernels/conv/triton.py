@@ -21,7 +21,7 @@ def _activate(y, SILU: tl.constexpr):
 
 
 @triton.jit
-def _store_window(
+def store_window(
     target,
     target_column,
     history,
@@ -129,7 +129,7 @@ def _prefill_kernel(
             target = tl.load(snapshot_slots + row).to(tl.int64)
             if (target >= 0) & (taken > 0) & (taken <= length):
                 snapshot_row = state + target * state_slot + d * state_dim
-                _store_window(
+                store_window(
                     snapshot_row,
                     state_column,
                     state_row,
@@ -142,7 +142,7 @@ def _prefill_kernel(
                     WIDTH,
                     BLOCK_D,
                 )
-        _store_window(
+        store_window(
             state_row,
             state_column,
             state_row,
@@ -214,8 +214,6 @@ def _update_kernel(
     slots,
     num_accepted_tokens,
     snapshot_slots,
-    windows,
-    window_rows,
     max_query_len,
     dim,
     x_token,
@@ -228,15 +226,10 @@ def _update_kernel(
     out_token,
     out_dim,
     slots_stride,
-    window_row,
-    window_token,
-    window_dim,
-    window_column,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ACCEPTED: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr,
-    HAS_WINDOWS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -273,7 +266,7 @@ def _update_kernel(
         target = tl.load(snapshot_slots + row).to(tl.int64)
         if target >= 0:
             snapshot_row = state + target * state_slot + d * state_dim
-            _store_window(
+            store_window(
                 snapshot_row,
                 state_column,
                 history,
@@ -286,30 +279,13 @@ def _update_kernel(
                 WIDTH,
                 BLOCK_D,
             )
-    if HAS_WINDOWS:
-        window = windows + tl.load(window_rows + row).to(tl.int64) * window_row + d * window_dim
-        for j in range(length):
-            _store_window(
-                window + j * window_token,
-                window_column,
-                history,
-                state_column,
-                True,
-                x_row,
-                x_token,
-                j + 1,
-                in_dim,
-                WIDTH,
-                BLOCK_D,
-            )
-    else:
-        # Columns move down, lowest first, so each is read before it is overwritten.
-        for column in tl.static_range(WIDTH - 2):
-            kept = tl.load(history + (column + 1) * state_column, mask=in_dim)
-            tl.store(state_row + column * state_column, kept, mask=in_dim)
-        for j in range(length):
-            new = tl.load(x_row + j * x_token, mask=in_dim).to(tl.float32)
-            tl.store(state_row + (WIDTH - 2 + j) * state_column, new.to(state.dtype.element_ty), mask=in_dim)
+    # Columns move down, lowest first, so each is read before it is overwritten.
+    for column in tl.static_range(WIDTH - 2):
+        kept = tl.load(history + (column + 1) * state_column, mask=in_dim)
+        tl.store(state_row + column * state_column, kept, mask=in_dim)
+    for j in range(length):
+        new = tl.load(x_row + j * x_token, mask=in_dim).to(tl.float32)
+        tl.store(state_row + (WIDTH - 2 + j) * state_column, new.to(state.dtype.element_ty), mask=in_dim)
 
 
 def causal_conv1d_update(
@@ -324,16 +300,10 @@ def causal_conv1d_update(
     max_query_len: int,
     out: Tensor,
     activation: str | None,
-    snapshot_slots: Tensor | None = None,
-    windows: tuple[Tensor, Tensor] | None = None,
+    snapshot_slots: Tensor | None,
 ) -> None:
-    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there.
-
-    With ``windows`` (the buffer and each row's place in it) it is
-    :func:`qwen3next_plugin.kernels.conv.causal_conv1d_verify`.
-    """
+    """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there."""
     dim = x.shape[1]
-    window_buffer, window_rows = windows or (conv_state.unsqueeze(1), query_start)
     _update_kernel[(query_start.shape[0], triton.cdiv(dim, BLOCK_D))](
         x,
         weight,
@@ -345,8 +315,6 @@ def causal_conv1d_update(
         state_slots,
         query_start if num_accepted_tokens is None else num_accepted_tokens,
         query_start if snapshot_slots is None else snapshot_slots,
-        window_buffer,
-        window_rows,
         max_query_len,
         dim,
         *x.stride(),
@@ -354,12 +322,10 @@ def causal_conv1d_update(
         *conv_state.stride(),
         *out.stride(),
         state_slots.stride(0),
-        *window_buffer.stride(),
         WIDTH=weight.shape[1],
         HAS_BIAS=bias is not None,
         HAS_ACCEPTED=num_accepted_tokens is not None,
         HAS_SNAPSHOT=snapshot_slots is not None,
-        HAS_WINDOWS=windows is not None,
         SILU=activation == "silu",
         BLOCK_D=BLOCK_D,
         num_warps=NUM_WARPS,

@@ -66,27 +66,3 @@ def check_update_rows(
             f"new inputs a row at width {weight.shape[1]}"
         )
     return rows
-
-
-def check_verify_rows(
-    x: Tensor,
-    weight: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
-    state_slots: Tensor,
-    windows: Tensor,
-    window_rows: Tensor,
-    max_query_len: int,
-) -> int:
-    """Check the rows of a verification, and that ``windows`` takes ``max_query_len`` of them; return their number."""
-    slots = {"state_slots": (state_slots, INTS), "window_rows": (window_rows, INTS)}
-    rows = check_rows(query_start, query_end, x, **slots)
-    check_dims("windows", windows, "[rows, tokens a row, conv_dim, width - 1]", 4)
-    shape = (*windows.shape[:2], x.shape[1], weight.shape[1] - 1)
-    check("windows", windows, shape, FLOATS, x)
-    if not 0 <= max_query_len <= windows.shape[1]:
-        raise ValueError(
-            f"max_query_len is {max_query_len}, but windows of shape {tuple(windows.shape)} takes 0 to "
-            f"{windows.shape[1]} tokens a row"
-        )
-    return rows

@@ -10,7 +10,8 @@ with a negative slot are skipped: nothing of theirs is read or written. Tokens i
 No two rows of a call may share a slot that one of them writes.
 
 A step of which every row decodes takes :func:`gdn_decode_fused` instead, with the convolution before and the gated norm
-behind the delta rule in one launch.
+behind the delta rule in one launch. Where the engine commits what it accepted after the step, every row that verifies
+drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states of all layers.
 """
 
 from torch import Tensor
@@ -18,11 +19,22 @@ from torch import Tensor
 from ..checks import check_optional
 from ..dispatch import TRITON, choose, declare
 from . import reference
+from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
+from .records import DraftRecords
 from .reference import SNAPSHOT_GRID
-from .validation import check_decode_rows, check_prefill_rows, check_tokens, check_verify_rows
+from .validation import check_decode_rows, check_output_slots, check_prefill_rows, check_tokens, check_verify_rows
 
-__all__ = ["SNAPSHOT_GRID", "gdn_decode", "gdn_decode_fused", "gdn_prefill", "gdn_verify"]
+__all__ = [
+    "SNAPSHOT_GRID",
+    "DraftRecords",
+    "gdn_commit",
+    "gdn_decode",
+    "gdn_decode_fused",
+    "gdn_prefill",
+    "gdn_verify",
+    "gdn_verify_fused",
+]
 
 declare("gdn_prefill")
 declare("gdn_decode")
@@ -137,7 +149,6 @@ def gdn_decode(
         state_slots,
         state_slots.unsqueeze(1),
         out,
-        ssm_state,
         snapshot_slots,
         backend,
     )
@@ -158,7 +169,6 @@ def gdn_verify(
     initial_slots: Tensor,
     output_slots: Tensor,
     out: Tensor,
-    output_state: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """A few tokens a row (the last accepted one and its drafts), keeping the state after each of them.
@@ -169,19 +179,16 @@ def gdn_verify(
         max_query_len: no row is longer, at most M; it may be a host constant of a captured graph.
         initial_slots: ``[N]`` integers, any stride: where in ``ssm_state`` the rows start; a row with a negative one is
             skipped. It may equal one of the row's own output slots.
-        output_slots: ``[N, M]`` integers, any strides: the state after token j goes to slot ``[n, j]`` of
-            ``output_state``, or nowhere if that is negative.
-        output_state: ``[S', HV, V, K]``, any strides; ``ssm_state`` itself if None.
+        output_slots: ``[N, M]`` integers, any strides: the state after token j goes to slot ``[n, j]``, or nowhere if
+            that is negative.
         Others: as for :func:`gdn_prefill`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or ``max_query_len`` exceeds M.
     """
-    target = ssm_state if output_state is None else output_state
     check_tokens(mixed_qkv, a, b, A_log, dt_bias, ssm_state, num_k_heads, out)
-    rows = check_verify_rows(
-        mixed_qkv, ssm_state, query_start, query_end, max_query_len, initial_slots, output_slots, target
-    )
+    rows = check_verify_rows(mixed_qkv, query_start, query_end, max_query_len, initial_slots=initial_slots)
+    check_output_slots(mixed_qkv, rows, max_query_len, output_slots)
     _recurrent(
         rows,
         mixed_qkv,
@@ -194,7 +201,6 @@ def gdn_verify(
         initial_slots,
         output_slots,
         out,
-        target,
         None,
         backend,
     )
@@ -212,7 +218,6 @@ def _recurrent(
     initial_slots: Tensor,
     output_slots: Tensor,
     out: Tensor,
-    output_state: Tensor,
     snapshot_slots: Tensor | None,
     backend: str | None,
 ) -> None:
@@ -237,6 +242,5 @@ def _recurrent(
         initial_slots,
         output_slots,
         out,
-        output_state,
         snapshot_slots,
     )

@@ -19,13 +19,13 @@ Gates = tuple[Tensor, Tensor, Tensor, Tensor]
 """a ``[T, HV]``, b ``[T, HV]``, A_log ``[HV]``, dt_bias ``[HV]``."""
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last dimension; arithmetic in float32 or wider, dtype of ``x`` kept."""
-    wide = x.to(_compute_dtype(x))
+    wide = x.to(compute_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -40,18 +40,21 @@ def gdn_gates(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Ten
         ``g = -exp(A_log) * softplus(a + dt_bias)`` (never positive) and ``beta = sigmoid(b)``, ``[..., HV]`` in float32
         (float64 for float64 inputs).
     """
-    dtype = _compute_dtype(a, b)
+    dtype = compute_dtype(a, b)
     g = -A_log.to(dtype).exp() * functional.softplus(a.to(dtype) + dt_bias.to(dtype))
     return g, torch.sigmoid(b.to(dtype))
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of every row: q, k ``[B, HV, K]``, v ``[B, HV, V]``, g, beta ``[B, HV]``, state ``[B, HV, V, K]``."""
+def step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of every row: q, k ``[B, HV, K]``, v ``[B, HV, V]``, g, beta ``[B, HV]``, state ``[B, HV, V, K]``.
+
+    Returns the output, the state after the token, and what was written under its key ``[B, HV, V]``.
+    """
     state = state * g.exp()[..., None, None]
     recalled = (state @ k[..., None]).squeeze(-1)
     written = beta[..., None] * (v - recalled)
     state = state + written[..., None] * k[..., None, :]
-    return (state @ (q * k.shape[-1] ** -0.5)[..., None]).squeeze(-1), state
+    return (state @ (q * k.shape[-1] ** -0.5)[..., None]).squeeze(-1), state, written
 
 
 def delta_rule_recurrent(
@@ -70,7 +73,7 @@ def delta_rule_recurrent(
         ``o [B, T, HV, V]`` in the dtype of ``v`` and the final state ``[B, HV, V, K]`` in float32 (float64 for float64
         inputs).
     """
-    dtype = _compute_dtype(q, k, v, g, beta)
+    dtype = compute_dtype(q, k, v, g, beta)
     batch, length, heads, value_dim = v.shape
     q, k, wide_v, g, beta = (t.to(dtype) for t in (q, k, v, g, beta))
     if initial_state is None:
@@ -79,7 +82,7 @@ def delta_rule_recurrent(
         state = initial_state.to(dtype)
     outputs = []
     for t in range(length):
-        o, state = _step(q[:, t], k[:, t], wide_v[:, t], g[:, t], beta[:, t], state)
+        o, state, _ = step(q[:, t], k[:, t], wide_v[:, t], g[:, t], beta[:, t], state)
         outputs.append(o)
     o = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(wide_v)
     return o.to(v.dtype), state
@@ -106,7 +109,7 @@ def delta_rule_chunked(
     Only differences G_i - G_j with i >= j are exponentiated, so nothing overflows however strong the decay. Arguments
     and results as for :func:`delta_rule_recurrent`.
     """
-    dtype = _compute_dtype(q, k, v, g, beta)
+    dtype = compute_dtype(q, k, v, g, beta)
     batch, length, heads, value_dim = v.shape
     key_dim = k.shape[-1]
     if initial_state is None:
@@ -148,12 +151,12 @@ def delta_rule_chunked(
     return o.to(v.dtype), state
 
 
-def _split_tokens(
+def split_tokens(
     mixed_qkv: Tensor, gates: Gates, num_k_heads: int, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``mixed_qkv [..., conv_dim]`` and gates -> q, k ``[..., HV, K]`` (normalised), v ``[..., HV, V]``, g, beta."""
     _, v_heads, value_dim, key_dim = ssm_state.shape
-    dtype = _compute_dtype(mixed_qkv)
+    dtype = compute_dtype(mixed_qkv)
     keys = num_k_heads * key_dim
     q, k, v = mixed_qkv.to(dtype).split([keys, keys, v_heads * value_dim], dim=-1)
     group = v_heads // num_k_heads
@@ -191,7 +194,7 @@ def gdn_prefill(
         state = ssm_state[slot, None] if has_state else None
         for first, last in pieces:
             own_gates = (a[None, first:last], b[None, first:last], A_log, dt_bias)
-            tokens = _split_tokens(mixed_qkv[None, first:last], own_gates, num_k_heads, ssm_state)
+            tokens = split_tokens(mixed_qkv[None, first:last], own_gates, num_k_heads, ssm_state)
             o, state = delta_rule_chunked(*tokens, initial_state=state)
             out[first:last] = o[0].to(out.dtype)
             if target >= 0 and first == start:
@@ -211,7 +214,6 @@ def gdn_recurrent(
     initial_slots: Tensor,
     output_slots: Tensor,
     out: Tensor,
-    output_state: Tensor,
     snapshot_slots: Tensor | None,
 ) -> None:
     """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
@@ -223,25 +225,25 @@ def gdn_recurrent(
     rows = (lengths > 0).nonzero().squeeze(1)
     if rows.numel() == 0:
         return
-    state = ssm_state[initial_slots[rows].long()].to(_compute_dtype(mixed_qkv))
+    state = ssm_state[initial_slots[rows].long()].to(compute_dtype(mixed_qkv))
     for j in range(int(lengths.max())):
         running = lengths[rows] > j
         if not bool(running.all()):
             rows, state = rows[running], state[running]
         at = query_start[rows].long() + j
-        tokens = _split_tokens(mixed_qkv[at], (a[at], b[at], A_log, dt_bias), num_k_heads, ssm_state)
-        o, state = _step(*tokens, state)
+        tokens = split_tokens(mixed_qkv[at], (a[at], b[at], A_log, dt_bias), num_k_heads, ssm_state)
+        o, state, _ = step(*tokens, state)
         out[at] = o.to(out.dtype)
         slots = output_slots[rows, j].long()
         kept = slots >= 0
         if bool(kept.all()):
-            output_state[slots] = state.to(output_state.dtype)
+            ssm_state[slots] = state.to(ssm_state.dtype)
         else:
-            output_state[slots[kept]] = state[kept].to(output_state.dtype)
+            ssm_state[slots[kept]] = state[kept].to(ssm_state.dtype)
         if snapshot_slots is not None:
             slots = snapshot_slots[rows].long()
             kept = (slots >= 0) & (lengths[rows] == j + 1)
-            output_state[slots[kept]] = state[kept].to(output_state.dtype)
+            ssm_state[slots[kept]] = state[kept].to(ssm_state.dtype)
 
 
 def gdn_decode_fused(
@@ -262,13 +264,13 @@ def gdn_decode_fused(
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.gdn.gdn_decode_fused`; arguments are checked there."""
     rows = (query_start, query_end)
-    wide = mixed_qkv.to(_compute_dtype(mixed_qkv))
+    wide = mixed_qkv.to(compute_dtype(mixed_qkv))
     convolved, core = torch.empty_like(wide), torch.empty(out.shape, dtype=wide.dtype, device=out.device)
     causal_conv1d_update(
         wide, conv_weight, None, conv_state, *rows, state_slots, None, 1, convolved, "silu", snapshot_slots
     )
     slots = (state_slots, state_slots.unsqueeze(1))
-    gdn_recurrent(convolved, gates, ssm_state, num_k_heads, *rows, 1, *slots, core, ssm_state, snapshot_slots)
+    gdn_recurrent(convolved, gates, ssm_state, num_k_heads, *rows, 1, *slots, core, snapshot_slots)
     tokens = query_start[(state_slots >= 0) & (query_end > query_start)].long()
     out.zero_()
     out[tokens] = rms_norm_gated(core[tokens], z[tokens], norm_weight, norm_eps).to(out.dtype)

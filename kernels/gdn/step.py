@@ -1,7 +1,8 @@
 """One Gated DeltaNet step over a mixed batch: which rows run chunked, which run token by token.
 
 Engines describe a step with up to three row sets. Rows are token ranges of the flat batch, so prefill, decode and
-verify rows may lie in any order and no token is gathered or copied. A step of which every row decodes is one launch.
+verify rows may lie in any order and no token is gathered or copied. A step of which every row decodes is one launch,
+and so is one of drafts that the engine commits afterwards.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..conv import causal_conv1d_prefill, causal_conv1d_update, causal_conv1d_verify
+from ..conv import causal_conv1d_prefill, causal_conv1d_update
 from ..norm import rms_norm_gated
-from . import gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify
+from . import DraftRecords, gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify, gdn_verify_fused
 
 
 @dataclass(frozen=True)
@@ -57,28 +58,14 @@ class RecurrentRows:
 class DraftRows:
     """Rows that verify draft tokens and leave their slots alone until the engine commits what it accepted.
 
-    query_start, query_end, state_slots: int32 [N]; draft_rows: int32 [N], a row's place in the DraftStates;
-    output_slots: int32 [N, M], column j the place of the state after token j among the flattened `ssm`;
-    max_query_len: host bound on the lengths (at most M).
+    query_start, query_end, state_slots: int32 [N]; max_query_len: host bound on the lengths. They come alone: an engine
+    that keeps a place for row n of a step verifies in steps of its own.
     """
 
     query_start: torch.Tensor
     query_end: torch.Tensor
     state_slots: torch.Tensor
-    draft_rows: torch.Tensor
-    output_slots: torch.Tensor
     max_query_len: int
-
-
-@dataclass(frozen=True)
-class DraftStates:
-    """Where DraftRows leave a layer's states, token by token.
-
-    windows [R, M, conv_dim, W - 1], which may overlap in memory within a row; ssm [R * M, HV, V, K].
-    """
-
-    windows: torch.Tensor
-    ssm: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +93,7 @@ def gdn_step(
     *,
     prefill: PrefillRows | None = None,
     recurrent: RecurrentRows | None = None,
-    drafts: tuple[DraftRows, DraftStates] | None = None,
+    drafts: tuple[DraftRows, DraftRecords] | None = None,
 ) -> None:
     """Convolution, delta rule and gated norm of every row of a step; states are updated in place, `out` is filled.
 
@@ -116,18 +103,28 @@ def gdn_step(
     """
     conv_dim = params.conv_weight.shape[0]
     mixed_qkv, z = qkvz[:, :conv_dim], qkvz[:, conv_dim:].unflatten(-1, out.shape[1:])
-    decodes = recurrent is not None and recurrent.num_accepted_tokens is None
-    if decodes and prefill is None and drafts is None:
-        assert recurrent is not None
+    whole = (mixed_qkv, z, a, b, params.conv_weight, params.A_log, params.dt_bias, params.norm_weight)
+    if drafts is not None:
+        if prefill is not None or recurrent is not None:
+            raise ValueError("drafts come with other rows; they must be all of a step")
+        rows, record = drafts
+        gdn_verify_fused(
+            *whole,
+            conv_state,
+            ssm_state,
+            record,
+            num_k_heads=params.num_k_heads,
+            norm_eps=params.norm_eps,
+            query_start=rows.query_start,
+            query_end=rows.query_end,
+            max_query_len=rows.max_query_len,
+            state_slots=rows.state_slots,
+            out=out,
+        )
+        return
+    if recurrent is not None and recurrent.num_accepted_tokens is None and prefill is None:
         gdn_decode_fused(
-            mixed_qkv,
-            z,
-            a,
-            b,
-            params.conv_weight,
-            params.A_log,
-            params.dt_bias,
-            params.norm_weight,
+            *whole,
             conv_state,
             ssm_state,
             num_k_heads=params.num_k_heads,
@@ -209,32 +206,4 @@ def gdn_step(
                 query_start=recurrent.query_start,
                 query_end=recurrent.query_end,
             )
-    if drafts is not None:
-        rows, states = drafts
-        causal_conv1d_verify(
-            mixed_qkv,
-            params.conv_weight,
-            None,
-            conv_state,
-            windows=states.windows,
-            window_rows=rows.draft_rows,
-            max_query_len=rows.max_query_len,
-            out=convolved,
-            query_start=rows.query_start,
-            query_end=rows.query_end,
-            state_slots=rows.state_slots,
-        )
-        gdn_verify(
-            convolved,
-            *gates,
-            ssm_state,
-            num_k_heads=params.num_k_heads,
-            max_query_len=rows.max_query_len,
-            initial_slots=rows.state_slots,
-            output_slots=rows.output_slots,
-            output_state=states.ssm,
-            out=out,
-            query_start=rows.query_start,
-            query_end=rows.query_end,
-        )
     rms_norm_gated(out, z, params.norm_weight, params.norm_eps, out=out)

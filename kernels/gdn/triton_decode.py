@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ranges import BLOCK_ROWS
+from ..ranges import BLOCK_ROWS, covered
 from .reference import Gates
-from .triton_recurrent import EPSILON, softplus
+from .triton_formula import EPSILON, advance, decay_of
 
 ELEMENTS_A_WARP = 1024  # of a head's state: 32 float32 registers a thread; at 64 a thread takes 214 in all
 MAX_WARPS = 16
@@ -52,21 +52,6 @@ def _advance_window(
         kept = in_dim[:, None] & ((tap > 0) & (tap < tl.where(snapshot >= 0, WIDTH, 0)))[None, :]
         tl.store(target + (snapshot - slot) * window_slot, window.to(windows.dtype.element_ty), mask=kept)
     return y * tl.sigmoid(y)
-
-
-@triton.jit
-def _decoded(token, query_start, query_end, slots, slots_stride, num_rows, BLOCK_ROWS: tl.constexpr):
-    """1 if a row decodes this token, else 0."""
-    found = 0
-    for first in range(0, num_rows, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
-        inside = row < num_rows
-        start = tl.load(query_start + row, mask=inside, other=0).to(tl.int64)
-        end = tl.load(query_end + row, mask=inside, other=0).to(tl.int64)
-        slot = tl.load(slots + row.to(tl.int64) * slots_stride, mask=inside, other=-1).to(tl.int64)
-        here = (start == token) & (end > start) & (slot >= 0)
-        found = tl.maximum(found, tl.max(here.to(tl.int32), 0))
-    return found
 
 
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
@@ -140,7 +125,8 @@ def _gdn_decode_kernel(
     # Row n has token n as a rule; every other token looks for its row, and has zeros if there is none.
     alone = (place < num_tokens) & ((start != place) | (live == 0))
     if alone:
-        if _decoded(place, query_start, query_end, slots, slots_stride, num_rows, BLOCK_ROWS) == 0:
+        token = place + tl.arange(0, 1)
+        if tl.max(covered(token, query_start, query_end, 1, slots, slots_stride, num_rows, BLOCK_ROWS), 0) == 0:
             zeros = tl.zeros((BLOCK_V,), tl.float32).to(out.dtype.element_ty)
             for head in range(first_head, first_head + GROUP):
                 tl.store(out + place * out_token + head * out_head + v_index * out_v, zeros, mask=v_mask)
@@ -214,16 +200,12 @@ def _gdn_decode_kernel(
             BLOCK_W,
             HAS_SNAPSHOT,
         )
-        bias = tl.load(dt_bias + head).to(tl.float32)
-        g = softplus(tl.load(a + start * a_token + head * a_head).to(tl.float32) + bias)
-        g = -tl.exp(tl.load(A_log + head).to(tl.float32)) * g
+        log_rate, bias = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
+        decay = decay_of(tl.load(a + start * a_token + head * a_head).to(tl.float32), log_rate, bias)
         beta = tl.sigmoid(tl.load(b + start * b_token + head * b_head).to(tl.float32))
         gate = tl.load(z + start * z_token + head * z_head + v_index * z_v, mask=v_mask, other=0.0).to(tl.float32)
 
-        s = s * tl.exp(g)
-        written = beta * (v - tl.sum(s * k[None, :], 1))
-        s += written[:, None] * k[None, :]
-        o = tl.sum(s * q[None, :], 1)
+        s, _, o = advance(s, q, k, v, decay, beta)
         target = state_at + head * state_head
         tl.store(target, s.to(state.dtype.element_ty), mask=tile)
         if HAS_SNAPSHOT:

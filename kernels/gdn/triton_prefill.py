@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .reference import SNAPSHOT_GRID, Gates
-from .triton_recurrent import EPSILON, softplus
+from .triton_formula import EPSILON, softplus
 
 CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # Columns of the state that a program of the second kernel holds. Triton 3.6 compiles bfloat16 products of fewer than 64

@@ -5,8 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Gates
-
-EPSILON = tl.constexpr(1e-6)  # of the L2 norm
+from .triton_formula import EPSILON, advance, decay_of
 
 
 @triton.jit
@@ -14,11 +13,6 @@ def load_normalized(pointer, stride, index, mask):
     """One head's q or k of one token, divided by sqrt(sum of squares + 1e-6), in float32."""
     x = tl.load(pointer + index * stride, mask=mask, other=0.0).to(tl.float32)
     return x / tl.sqrt(tl.sum(x * x, 0) + EPSILON)
-
-
-@triton.jit
-def softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
 # Unspecialised, decode and verify are one binary: one compilation, and outputs equal to the bit.
@@ -30,7 +24,6 @@ def _recurrent_kernel(
     A_log,
     dt_bias,
     state,
-    new_state,
     out,
     query_start,
     query_end,
@@ -49,10 +42,6 @@ def _recurrent_kernel(
     state_head,
     state_v,
     state_k,
-    new_slot,
-    new_head,
-    new_v,
-    new_k,
     out_token,
     out_head,
     out_v,
@@ -84,35 +73,28 @@ def _recurrent_kernel(
     k_columns = q_columns + K_HEADS * KEY_DIM * qkv_column
     v_columns = qkv + (2 * K_HEADS * KEY_DIM + head * VALUE_DIM) * qkv_column
 
-    s = tl.load(
-        state + slot * state_slot + head * state_head + v_index[:, None] * state_v + k_index[None, :] * state_k,
-        mask=tile,
-        other=0.0,
-    ).to(tl.float32)
+    state_tile = state + head * state_head + v_index[:, None] * state_v + k_index[None, :] * state_k
+    s = tl.load(state_tile + slot * state_slot, mask=tile, other=0.0).to(tl.float32)
     tl.debug_barrier()  # of a small head one element is held by several threads: all have read before one writes
-    rate = -tl.exp(tl.load(A_log + head).to(tl.float32))
+    log_rate = tl.load(A_log + head).to(tl.float32)
     bias = tl.load(dt_bias + head).to(tl.float32)
-    new_tile = new_state + head * new_head + v_index[:, None] * new_v + k_index[None, :] * new_k
 
     for j in range(length):
         token = start + j
         q = load_normalized(q_columns + token * qkv_token, qkv_column, k_index, k_mask) * scale
         k = load_normalized(k_columns + token * qkv_token, qkv_column, k_index, k_mask)
         v = tl.load(v_columns + token * qkv_token + v_index * qkv_column, mask=v_mask, other=0.0).to(tl.float32)
-        g = rate * softplus(tl.load(a + token * a_token + head * a_head).to(tl.float32) + bias)
+        decay = decay_of(tl.load(a + token * a_token + head * a_head).to(tl.float32), log_rate, bias)
         beta = tl.sigmoid(tl.load(b + token * b_token + head * b_head).to(tl.float32))
-        s = s * tl.exp(g)
-        written = beta * (v - tl.sum(s * k[None, :], 1))
-        s += written[:, None] * k[None, :]
-        o = tl.sum(s * q[None, :], 1)
+        s, _, o = advance(s, q, k, v, decay, beta)
         tl.store(out + token * out_token + head * out_head + v_index * out_v, o.to(out.dtype.element_ty), mask=v_mask)
         target = tl.load(output_slots + row * output_slots_row + j * output_slots_token).to(tl.int64)
         if target >= 0:
-            tl.store(new_tile + target * new_slot, s.to(new_state.dtype.element_ty), mask=tile)
+            tl.store(state_tile + target * state_slot, s.to(state.dtype.element_ty), mask=tile)
     if HAS_SNAPSHOT:
         snapshot = tl.load(snapshot_slots + row).to(tl.int64)
         if snapshot >= 0:
-            tl.store(new_tile + snapshot * new_slot, s.to(new_state.dtype.element_ty), mask=tile)
+            tl.store(state_tile + snapshot * state_slot, s.to(state.dtype.element_ty), mask=tile)
 
 
 def gdn_recurrent(
@@ -126,7 +108,6 @@ def gdn_recurrent(
     initial_slots: Tensor,
     output_slots: Tensor,
     out: Tensor,
-    output_state: Tensor,
     snapshot_slots: Tensor | None,
 ) -> None:
     """Decode and verify: see :func:`qwen3next_plugin.kernels.gdn.gdn_verify`; arguments are checked there.
@@ -145,7 +126,6 @@ def gdn_recurrent(
         A_log.contiguous(),
         dt_bias.contiguous(),
         ssm_state,
-        output_state,
         out,
         query_start,
         query_end,
@@ -158,7 +138,6 @@ def gdn_recurrent(
         *a.stride(),
         *b.stride(),
         *ssm_state.stride(),
-        *output_state.stride(),
         *out.stride(),
         initial_slots.stride(0),
         *output_slots.stride(),

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, INTS, check, check_dims, check_rows
-from ..conv.validation import check_conv
+from ..checks import FLOATS, INTS, check, check_dims, check_optional, check_rows
+from ..conv.validation import MAX_WIDTH, check_conv
+from .records import DraftRecords
 
 MAX_HEAD_DIM = 256
 
@@ -80,18 +81,15 @@ def check_decode_rows(mixed_qkv: Tensor, query_start: Tensor, query_end: Tensor,
 
 
 def check_verify_rows(
-    mixed_qkv: Tensor,
-    ssm_state: Tensor,
-    query_start: Tensor,
-    query_end: Tensor,
-    max_query_len: int,
-    initial_slots: Tensor,
-    output_slots: Tensor,
-    output_state: Tensor,
+    mixed_qkv: Tensor, query_start: Tensor, query_end: Tensor, max_query_len: int, **slots: Tensor
 ) -> int:
-    """Check the rows of a verification and return their number."""
+    """Check the rows of a verification, each with a slot of that name, and return their number."""
     _check_length(max_query_len)
-    rows = check_rows(query_start, query_end, mixed_qkv, initial_slots=(initial_slots, INTS))
+    return check_rows(query_start, query_end, mixed_qkv, **{name: (slot, INTS) for name, slot in slots.items()})
+
+
+def check_output_slots(mixed_qkv: Tensor, rows: int, max_query_len: int, output_slots: Tensor) -> None:
+    """Check where a verification leaves the state after each token."""
     check_dims("output_slots", output_slots, "[rows, tokens a row]", 2)
     columns = output_slots.shape[1]
     check("output_slots", output_slots, (rows, columns), INTS, mixed_qkv)
@@ -100,7 +98,54 @@ def check_verify_rows(
             f"max_query_len is {max_query_len}, but output_slots of shape {tuple(output_slots.shape)} names slots for "
             f"{columns} tokens a row"
         )
-    check("output_state", output_state, (output_state.shape[0], *ssm_state.shape[1:]), FLOATS, mixed_qkv)
+
+
+def check_record(record: DraftRecords, ssm_state: Tensor, num_k_heads: int, layers: tuple[int, ...]) -> None:
+    """Check what drafts are recorded in against ``ssm_state [layers, S, HV, V, K]``; layers are its own, or none."""
+    _, _, v_heads, value_dim, key_dim = ssm_state.shape
+    check_dims("record.inputs", record.inputs, "[rows, tokens a row, conv_dim]", 3 + len(layers))
+    room = (*layers, *record.inputs.shape[len(layers) : -1])
+    conv_dim = 2 * num_k_heads * key_dim + v_heads * value_dim
+    check("record.inputs", record.inputs, (*room, conv_dim), FLOATS, ssm_state)
+    wide = {"keys": (num_k_heads, key_dim), "writes": (v_heads, value_dim), "decays": (v_heads,)}
+    for name, shape in wide.items():
+        check(f"record.{name}", getattr(record, name), (*room, *shape), (torch.float32,), ssm_state)
+    for tensor in record.tensors():
+        if not tensor.is_contiguous():
+            raise ValueError(f"record has a tensor of strides {tensor.stride()}; contiguous ones are needed")
+
+
+def check_commit(
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    records: DraftRecords,
+    state_slots: Tensor,
+    last_tokens: Tensor,
+    snapshot_slots: Tensor | None,
+    snapshot_tokens: Tensor | None,
+) -> int:
+    """Check a commit's states, records and rows, and return the number of rows."""
+    check_dims("ssm_state", ssm_state, "[layers, slots, v_heads, head_v_dim, head_k_dim]", 5)
+    check_dims("conv_state", conv_state, "[layers, slots, conv_dim, width - 1]", 4)
+    check_dims("records.keys", records.keys, "[layers, rows, tokens a row, k_heads, head_k_dim]", 5)
+    layers, _, v_heads, _, _ = ssm_state.shape
+    k_heads = records.keys.shape[3]
+    if k_heads < 1 or v_heads % k_heads:
+        raise ValueError(
+            f"records.keys has shape {tuple(records.keys.shape)}, {k_heads} key heads, but the {v_heads} value heads "
+            "of ssm_state must be a multiple of them"
+        )
+    check("ssm_state", ssm_state, tuple(ssm_state.shape), FLOATS, ssm_state)
+    check_record(records, ssm_state, k_heads, layers=(layers,))
+    shape = (layers, conv_state.shape[1], records.inputs.shape[3], conv_state.shape[3])
+    check("conv_state", conv_state, shape, FLOATS, ssm_state)
+    if not 1 <= conv_state.shape[3] < MAX_WIDTH:
+        raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}: windows hold 1 to {MAX_WIDTH - 1} inputs")
+    check_dims("state_slots", state_slots, "[rows]", 1)
+    rows = state_slots.shape[0]
+    check("state_slots", state_slots, (rows,), INTS, ssm_state)
+    check_optional(rows, ssm_state, last_tokens=last_tokens)
+    check_optional(rows, ssm_state, snapshot_slots=snapshot_slots, snapshot_tokens=snapshot_tokens)
     return rows
 
 

@@ -71,11 +71,10 @@ def _pool(scheduler: Any) -> Any:
 
 
 def _states(scheduler: Any) -> list[torch.Tensor]:
-    """Every tensor of the state pool: convolution and recurrent states, and those kept for the drafts of a step."""
-    cache = _pool(scheduler).mamba_pool.mamba_cache
-    names = ("conv", "temporal", "intermediate_ssm", "intermediate_conv_window")
-    values = [getattr(cache, name, None) for name in names]
-    return [t for value in values if value is not None for t in (value if isinstance(value, list | tuple) else [value])]
+    """Every tensor of the state pool: convolution and recurrent states, and what is kept of the drafts of a step."""
+    pool = _pool(scheduler).mamba_pool
+    records = getattr(pool, "draft_records", None)
+    return [*pool.mamba_cache.conv, pool.mamba_cache.temporal, *(records.tensors() if records is not None else ())]
 
 
 def _cached_states(scheduler: Any, key: Any) -> list[dict[str, Any]]:

@@ -5,6 +5,10 @@ TRITON_INTERPRET: launches are caught, and what would have been launched is comp
 kernel and target goes to stdout.
 """
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from qwen3next_plugin.kernels import conv, gdn
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
 CAPABILITIES = (90, 80)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class OnGpu(Tensor):
@@ -50,7 +55,20 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool
     source = ASTSource(self, signature, constants, attributes)
     for capability in CAPABILITIES:
         kernel = triton.compile(source, GPUTarget("cuda", capability, 32), values)
-        print(f"{self.__name__} sm_{capability} shared={kernel.metadata.shared} grid={grid}", flush=True)
+        shared = kernel.metadata.shared
+        print(f"{self.__name__} sm_{capability} shared={shared} {resources(kernel)} grid={grid}", flush=True)
+
+
+def resources(kernel: Any) -> str:
+    """Registers a thread and bytes of stack, where spilled ones go, as ptxas wrote them into the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return "registers={} stack={}".format(*found.groups())
 
 
 def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int) -> None:
@@ -64,16 +82,13 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     weight, conv_state = tensor(dim, 4), tensor(6, 5, dim).transpose(1, 2)
     prefill = rows | {"state_slots": slots[:, 0], "has_initial_state": has_state}
     conv.causal_conv1d_prefill(x, weight, None, conv_state, **prefill, out=out)
-    # SGLang's: positions and slots of snapshots, windows that slide over one buffer a row.
+    # SGLang's: positions and slots of snapshots.
     kept = {"snapshot_positions": tensor(ROWS, dtype=torch.int64), "snapshot_slots": tensor(ROWS, dtype=torch.int64)}
     conv.causal_conv1d_prefill(x, weight, None, conv_state, **prefill, **kept, out=out)
     update = rows | {"state_slots": slots[:, 0], "num_accepted_tokens": slots[:, 1].contiguous(), "max_query_len": 3}
     conv.causal_conv1d_update(x, weight, None, conv_state, **update, out=out)
     step = rows | {"state_slots": slots[:, 0], "num_accepted_tokens": None, "max_query_len": 1}
     conv.causal_conv1d_update(x, weight, None, conv_state, **step, out=out, snapshot_slots=kept["snapshot_slots"])
-    windows = tensor(ROWS, dim, 5).as_strided((ROWS, 3, dim, 3), (dim * 5, 1, 5, 1))
-    drafts = rows | {"state_slots": slots[:, 0], "window_rows": slots[:, 1].contiguous(), "max_query_len": 3}
-    conv.causal_conv1d_verify(x, weight, None, conv_state, **drafts, windows=windows, out=out)
 
     gates = tensor(tokens, 2 * v_heads)
     per_head = [tensor(v_heads, dtype=torch.float32) for _ in range(2)]
@@ -94,6 +109,18 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     gdn.gdn_decode_fused(*whole, norm_weight, own, narrow, **gated, **one)
     verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
     gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
+    for length in (4, 8):
+        sizes = {"num_k_heads": k_heads, "num_v_heads": v_heads, "head_k_dim": key_dim, "head_v_dim": value_dim}
+        made = gdn.DraftRecords.allocate(2, ROWS, length, **sizes, input_dtype=torch.bfloat16, device="cpu")
+        records = gdn.DraftRecords(*(part.as_subclass(OnGpu) for part in made.tensors()))
+        drafts = rows | {"max_query_len": length, "state_slots": slots[:, 0].contiguous()}
+        for state in (ssm_state, narrow):
+            gdn.gdn_verify_fused(*whole, norm_weight, own, state, records.layer(0), **gated, **drafts)
+            states = (torch.stack([own, own]).as_subclass(OnGpu), torch.stack([state, state]).as_subclass(OnGpu))
+            last = {"state_slots": drafts["state_slots"], "last_tokens": kept["snapshot_positions"]}
+            gdn.gdn_commit(*states, records, **last)
+            tracked = {"snapshot_slots": kept["snapshot_slots"], "snapshot_tokens": kept["snapshot_positions"]}
+            gdn.gdn_commit(*states, records, **last, **tracked)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,6 @@ def verify(
     output_slots: Sequence[Sequence[int]],
     out: Tensor,
     backend: str | None,
-    output_state: Tensor | None = None,
 ) -> None:
     """Call gdn_verify on these rows, each starting from its slot."""
     table = torch.tensor([list(slots) for slots in output_slots], dtype=torch.int32, device=tokens.device)
@@ -203,6 +202,5 @@ def verify(
         initial_slots=ints([slot for _, _, slot in rows], tokens.device),
         output_slots=table,
         out=out,
-        output_state=output_state,
         backend=backend,
     )

@@ -1,7 +1,6 @@
 """A decode step in one launch: outputs and both states against the float64 formula, and nothing else may move."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,80 +10,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen3next_plugin.kernels import conv, gdn, norm
-from qwen3next_plugin.kernels.conv.reference import causal_conv
-from qwen3next_plugin.kernels.norm.reference import rms_norm_gated
 
 from .common import BACKENDS, DTYPES
-from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
+from .gdn_case import assert_error, limit
+from .layer_case import EPS, Layer, make_layer
 from .slots import (
     STATE_LAYOUTS,
     Row,
     assert_only_these_slots_changed,
     bits,
     clone_layout,
-    column_slice,
     fill_slots,
     ints,
-    poisoned_state,
     ranges,
     strided_slots,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-EPS = 1e-6
 # Out of order, an empty row, a skipped one, and tokens 2 and 5 in no row.
 ROWS = [(3, 4, 2), (0, 1, 5), (1, 1, 0), (1, 2, -1), (4, 5, 1)]
-
-
-@dataclass
-class Layer:
-    """A step's tokens, of which `mixed_qkv` is not convolved yet, and what else the layer brings."""
-
-    tokens: Tokens
-    z: Tensor
-    conv_weight: Tensor
-    norm_weight: Tensor
-
-    def arguments(self) -> tuple[Tensor, ...]:
-        x, a, b, A_log, dt_bias = self.tokens.arguments()
-        return x, self.z, a, b, self.conv_weight, A_log, dt_bias, self.norm_weight
-
-    def windows(self, slots: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
-        """A poisoned conv_state."""
-        return poisoned_state((slots, self.conv_weight.shape[0], columns), dtype, self.tokens.device, layout)
-
-    def expected(self, token: int, window: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Float64: the token's output [HV, V], the window after it [conv_dim, W - 1] and the state [HV, V, K]."""
-        t, taps = self.tokens, self.conv_weight.shape[1] - 1
-        x = t.mixed_qkv[None, token : token + 1].cpu().double()
-        history = window[:, :taps].T[None].cpu().double()
-        y, moved = causal_conv(x, self.conv_weight.cpu().double(), history)
-        gates = (gate[token : token + 1].cpu() for gate in (t.a, t.b))
-        constants = (t.A_log.cpu(), t.dt_bias.cpu(), t.k_heads, t.key_dim, t.value_dim)
-        o, states = formula(Tokens(y[0], *gates, *constants), 0, 1, state)
-        normed = rms_norm_gated(o[0], self.z[token].cpu().double(), self.norm_weight.cpu().double(), EPS)
-        return normed, moved[0].T, states[-1]
-
-
-def make_layer(
-    tokens: int,
-    device: str,
-    heads: tuple[int, int] = (1, 2),
-    dims: tuple[int, int] = (16, 8),
-    dtype: torch.dtype = torch.float32,
-    width: int = 4,
-) -> Layer:
-    """As `make_tokens`; mixed_qkv and z are column slices of one projection."""
-    made = make_tokens(tokens, device, heads, dims, dtype)
-    conv_dim, values = made.mixed_qkv.shape[1], heads[1] * dims[1]
-    qkvz = column_slice(tokens, conv_dim + values, dtype, device)
-    made.mixed_qkv = qkvz[:, :conv_dim]
-    return Layer(
-        made,
-        z=qkvz[:, conv_dim:].unflatten(-1, (heads[1], dims[1])),
-        conv_weight=torch.randn(conv_dim, width, device=device).to(dtype),
-        norm_weight=torch.randn(dims[1], device=device).to(dtype),
-    )
 
 
 def run(
@@ -134,8 +78,8 @@ def check(
 
     written = []
     for n, start, slot in running:
-        o, window, new_state = layer.expected(start, before[0][slot], before[1][slot])
-        assert_error(out[start], o, limit(out.dtype, tokens, backend), f"token {start}")
+        o, (window,), (new_state,) = layer.expected(start, start + 1, before[0][slot], before[1][slot])
+        assert_error(out[start], o[0], limit(out.dtype, tokens, backend), f"token {start}")
         assert torch.equal(windows[slot, :, :taps].cpu().double(), window), f"window in slot {slot}"
         assert_error(state[slot], new_state, limit(state_dtype, tokens, backend), f"slot {slot}")
         written.append(slot)

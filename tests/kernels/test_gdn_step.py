@@ -20,11 +20,11 @@ CONV_DIM = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
 OPERATIONS = (
     "causal_conv1d_prefill",
     "causal_conv1d_update",
-    "causal_conv1d_verify",
     "gdn_prefill",
     "gdn_decode",
     "gdn_decode_fused",
     "gdn_verify",
+    "gdn_verify_fused",
     "rms_norm_gated",
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -131,18 +131,25 @@ def test_verification_in_slots_of_its_own(calls: list[str], device: str) -> None
     assert_outputs(out, {(0, 2): this.expected(0, 2, 3), (2, 4): this.expected(2, 4, 5, first=1)})
 
 
-def test_drafts_in_scratch(calls: list[str], device: str) -> None:
+def test_drafts_are_one_operation_and_come_alone(calls: list[str], device: str) -> None:
     this = Step(4, device)
-    places = ints([0, 1], device)
-    rows = step.DraftRows(
-        ints([0, 2], device), ints([2, 4], device), ints([2, -1], device), places, places.new_zeros(2, 2), 2
-    )
-    scratch = step.DraftStates(
-        nan_like(2, 2, CONV_DIM, WIDTH - 1, device=device), nan_like(4, *this.states.shape[1:], device=device)
-    )
-    out = this.run(drafts=(rows, scratch))
-    assert calls == ["causal_conv1d_verify", "gdn_verify", "rms_norm_gated"]
+    rows = step.DraftRows(ints([0, 2], device), ints([2, 4], device), ints([2, -1], device), 2)
+    record = step.DraftRecords.allocate(
+        1,
+        2,
+        2,
+        num_k_heads=K_HEADS,
+        num_v_heads=V_HEADS,
+        head_k_dim=KEY_DIM,
+        head_v_dim=VALUE_DIM,
+        input_dtype=torch.float32,
+        device=device,
+    ).layer(0)
+    out = this.run(drafts=(rows, record))
+    assert calls == ["gdn_verify_fused"]
     assert_outputs(out, {(0, 2): this.expected(0, 2, 2)})
+    with pytest.raises(ValueError, match="drafts come with other rows"):
+        this.run(drafts=(rows, record), recurrent=recurrent([(3, 4, 1)], device))
 
 
 def test_a_step_without_rows(device: str) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from sglang.srt import runtime_context
-from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
+from sglang.srt.configs.mamba_utils import Mamba2StateDType, Mamba2StateShape
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.server_args import ServerArgs
 
 from qwen3next_plugin import demo
+from qwen3next_plugin.sglang_integration.config import Qwen3NextCacheParams
 from qwen3next_plugin.sglang_integration.gdn_backend import Qwen3NextGdnBackend
 from tests.cpu.sglang.gdn_sequences import (
     FULL_LAYER,
@@ -76,7 +77,7 @@ class Harness:
             max_context_len=2048,
             device="cpu",
             enable_memory_saver=False,
-            cache_params=Mamba2CacheParams(
+            cache_params=Qwen3NextCacheParams(
                 shape=shape,
                 layers=list(LINEAR_LAYERS),
                 dtype=Mamba2StateDType(conv=torch.bfloat16, temporal=ssm_dtype),
@@ -108,10 +109,8 @@ class Harness:
         self.kept: dict[int, tuple[int, int]] = {}  # slot of a snapshot -> (row, length) it must hold
 
     def _states(self) -> list[torch.Tensor]:
-        states = [self.cache.conv[0], self.cache.temporal]
-        if hasattr(self.cache, "intermediate_ssm"):
-            states += [self.cache.intermediate_ssm, self.cache.intermediate_conv_window[0]]
-        return states
+        records = getattr(self.pool.mamba_pool, "draft_records", None)
+        return [self.cache.conv[0], self.cache.temporal, *(records.tensors() if records is not None else ())]
 
     # Batches as SGLang makes them.
 
@@ -215,7 +214,7 @@ class Harness:
         outputs: Mapping[int, torch.Tensor],
         keep: Mapping[int, tuple[int, int]],
     ) -> None:
-        """SGLang's own commit, and what must be true of outputs and states after it."""
+        """The commit as SGLang calls for it, and what must be true of outputs and states after it."""
         real = [row for row in rows if row]
         self.hybrid.update_mamba_state_after_mtp_verify(
             last_correct_step_indices=torch.tensor(accepted)[: len(real)] - 1,

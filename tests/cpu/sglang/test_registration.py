@@ -23,6 +23,8 @@ from tests.configs import old_form
 
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextForCausalLMMTP")
 TARGETS = registration.TARGETS
+# Without its own of these a class has its parent's, which is a target too.
+OWN_TARGETS = [target for target in TARGETS if ".Unified" not in target]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_other_modules_see_the_hooks_too() -> None:
     assert loader.get_model_architecture is utils.get_model_architecture
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", OWN_TARGETS)
 def test_a_renamed_target_is_refused(
     target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

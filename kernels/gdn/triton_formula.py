@@ -1,0 +1,35 @@
+"""The delta rule's formulas on one head's tile, shared by every kernel that goes token by token."""
+
+import triton
+import triton.language as tl
+
+EPSILON = tl.constexpr(1e-6)  # of the L2 norm
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def decay_of(a, A_log, dt_bias):
+    """exp(g), what is left of the state after a token's decay."""
+    return tl.exp(-tl.exp(A_log) * softplus(a + dt_bias))
+
+
+@triton.jit
+def add_write(s, written, k):
+    """s + written k^T, with one rounding an element wherever it stands: a replayed state has the computed one's bits.
+
+    Left to the compiler, either product of ``s * decay + written * k`` may become part of the sum.
+    """
+    return tl.fma(tl.broadcast_to(written[:, None], s.shape), tl.broadcast_to(k[None, :], s.shape), s)
+
+
+@triton.jit
+def advance(s, q, k, v, decay, beta):
+    """One token: the state [V, K] after it, what was written [V], and the output [V]."""
+    s = s * decay
+    written = beta * (v - tl.sum(s * k[None, :], 1))
+    s = add_write(s, written, k)
+    return s, written, tl.sum(s * q[None, :], 1)
