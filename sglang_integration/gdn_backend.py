@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.hybrid_linear_attn_backend import MambaAttnBack
 from sglang.srt.layers.attention.linear import utils as linear_utils
 from sglang.srt.runtime_context import get_exec, mamba_cache_chunk_size
 
+from qwen3next_plugin.activation import state_type_advice
 from qwen3next_plugin.errors import RegistrationError
 from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID, DraftRecords, gdn_commit
 from qwen3next_plugin.kernels.gdn.step import gdn_step
@@ -63,6 +64,10 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         logger.info(
             "Gated DeltaNet layers run the kernels of qwen3next-plugin; --linear-attn-*-backend does not apply."
         )
+        stored = str(pool.mamba_cache.temporal.dtype).removeprefix("torch.")
+        advice = state_type_advice(stored, "--mamba-ssm-dtype")
+        if advice:
+            logger.warning(advice)
 
     # One step's rows.
 

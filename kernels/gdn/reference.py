@@ -23,6 +23,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def as_stored(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state in the type it is kept in; what float16 cannot hold stops at its largest value, NaN stays NaN."""
+    if dtype is torch.float16:
+        largest = torch.finfo(dtype).max
+        state = state.clamp(-largest, largest)
+    return state.to(dtype)
+
+
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last dimension; arithmetic in float32 or wider, dtype of ``x`` kept."""
     wide = x.to(compute_dtype(x))
@@ -198,9 +206,9 @@ def gdn_prefill(
             o, state = delta_rule_chunked(*tokens, initial_state=state)
             out[first:last] = o[0].to(out.dtype)
             if target >= 0 and first == start:
-                ssm_state[target] = state[0].to(ssm_state.dtype)
+                ssm_state[target] = as_stored(state[0], ssm_state.dtype)
         assert state is not None
-        ssm_state[slot] = state[0].to(ssm_state.dtype)
+        ssm_state[slot] = as_stored(state[0], ssm_state.dtype)
 
 
 def gdn_recurrent(
@@ -237,13 +245,13 @@ def gdn_recurrent(
         slots = output_slots[rows, j].long()
         kept = slots >= 0
         if bool(kept.all()):
-            ssm_state[slots] = state.to(ssm_state.dtype)
+            ssm_state[slots] = as_stored(state, ssm_state.dtype)
         else:
-            ssm_state[slots[kept]] = state[kept].to(ssm_state.dtype)
+            ssm_state[slots[kept]] = as_stored(state[kept], ssm_state.dtype)
         if snapshot_slots is not None:
             slots = snapshot_slots[rows].long()
             kept = (slots >= 0) & (lengths[rows] == j + 1)
-            ssm_state[slots[kept]] = state[kept].to(ssm_state.dtype)
+            ssm_state[slots[kept]] = as_stored(state[kept], ssm_state.dtype)
 
 
 def gdn_decode_fused(

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..conv.reference import convolve
 from ..norm.reference import rms_norm_gated
 from .records import DraftRecords
-from .reference import Gates, compute_dtype, split_tokens, step
+from .reference import Gates, as_stored, compute_dtype, split_tokens, step
 
 
 def gdn_verify_fused(
@@ -88,7 +88,7 @@ def gdn_commit(
         if snapshot is not None:
             targets, after = (vector[rows].long() for vector in snapshot)
             kept = running & (targets >= 0) & (after == j)
-            ssm_state[:, targets[kept]] = state[:, kept].to(ssm_state.dtype)
+            ssm_state[:, targets[kept]] = as_stored(state[:, kept], ssm_state.dtype)
             conv_state[:, targets[kept]] = window[:, kept]
-    ssm_state[:, slots] = state.to(ssm_state.dtype)
+    ssm_state[:, slots] = as_stored(state, ssm_state.dtype)
     conv_state[:, slots] = window

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..conv.triton import BLOCK_D, NUM_WARPS, store_window
 from .records import DraftRecords
-from .triton_formula import add_write
+from .triton_formula import add_write, as_stored
 
 MAX_BLOCK_V = 32
 
@@ -80,8 +80,8 @@ def _commit_kernel(
             s = add_write(s * tl.load(decays + (record + j) * V_HEADS + head), written, k)
             if HAS_SNAPSHOT:
                 if j == kept:
-                    tl.store(place + snapshot * state_slot, s.to(state.dtype.element_ty), mask=inside)
-        tl.store(place + slot * state_slot, s.to(state.dtype.element_ty), mask=inside)
+                    tl.store(place + snapshot * state_slot, as_stored(s, state), mask=inside)
+        tl.store(place + slot * state_slot, as_stored(s, state), mask=inside)
     else:
         d = (tile - V_HEADS * V_BLOCKS) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_dim = d < CONV_DIM

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, covered
 from .reference import Gates
-from .triton_formula import EPSILON, advance, decay_of
+from .triton_formula import EPSILON, advance, as_stored, decay_of
 
 ELEMENTS_A_WARP = 1024  # of a head's state: 32 float32 registers a thread; at 64 a thread takes 214 in all
 MAX_WARPS = 16
@@ -207,10 +207,10 @@ def _gdn_decode_kernel(
 
         s, _, o = advance(s, q, k, v, decay, beta)
         target = state_at + head * state_head
-        tl.store(target, s.to(state.dtype.element_ty), mask=tile)
+        tl.store(target, as_stored(s, state), mask=tile)
         if HAS_SNAPSHOT:
             kept = (v_index < tl.where(snapshot >= 0, VALUE_DIM, 0))[:, None] & k_mask[None, :]
-            tl.store(target + (snapshot - slot) * state_slot, s.to(state.dtype.element_ty), mask=kept)
+            tl.store(target + (snapshot - slot) * state_slot, as_stored(s, state), mask=kept)
         more = (v_index < tl.where(head + 1 < first_head + GROUP, VALUE_DIM, 0))[:, None] & k_mask[None, :]
         s = tl.load(target + state_head, mask=more, other=0.0).to(tl.float32)
 

@@ -4,6 +4,15 @@ import triton
 import triton.language as tl
 
 EPSILON = tl.constexpr(1e-6)  # of the L2 norm
+LARGEST = tl.constexpr(65504.0)  # of float16
+
+
+@triton.jit
+def as_stored(s, state):
+    """s in the type that ``state`` points at; what float16 cannot hold stops at its largest value, NaN stays NaN."""
+    if state.dtype.element_ty == tl.float16:
+        s = tl.where(s > LARGEST, LARGEST, tl.where(s < -LARGEST, -LARGEST, s))
+    return s.to(state.dtype.element_ty)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .reference import SNAPSHOT_GRID, Gates
-from .triton_formula import EPSILON, softplus
+from .triton_formula import EPSILON, as_stored, softplus
 
 CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # Columns of the state that a program of the second kernel holds. Triton 3.6 compiles bfloat16 products of fewer than 64
@@ -239,9 +239,9 @@ def _walk_kernel(
         if HAS_SNAPSHOT:
             rows_kept = tl.where(tl.minimum(first + CHUNK, end) == snapshot_end, KEY_DIM, 0)
             kept_tile = (k_index < rows_kept)[:, None] & v_mask[None, :]
-            tl.store(snapshot_at, s.to(state.dtype.element_ty), mask=kept_tile)
+            tl.store(snapshot_at, as_stored(s, state), mask=kept_tile)
 
-    tl.store(state_at, s.to(state.dtype.element_ty), mask=tile)
+    tl.store(state_at, as_stored(s, state), mask=tile)
 
 
 def gdn_prefill(

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Gates
-from .triton_formula import EPSILON, advance, decay_of
+from .triton_formula import EPSILON, advance, as_stored, decay_of
 
 
 @triton.jit
@@ -90,11 +90,11 @@ def _recurrent_kernel(
         tl.store(out + token * out_token + head * out_head + v_index * out_v, o.to(out.dtype.element_ty), mask=v_mask)
         target = tl.load(output_slots + row * output_slots_row + j * output_slots_token).to(tl.int64)
         if target >= 0:
-            tl.store(state_tile + target * state_slot, s.to(state.dtype.element_ty), mask=tile)
+            tl.store(state_tile + target * state_slot, as_stored(s, state), mask=tile)
     if HAS_SNAPSHOT:
         snapshot = tl.load(snapshot_slots + row).to(tl.int64)
         if snapshot >= 0:
-            tl.store(state_tile + snapshot * state_slot, s.to(state.dtype.element_ty), mask=tile)
+            tl.store(state_tile + snapshot * state_slot, as_stored(s, state), mask=tile)
 
 
 def gdn_recurrent(
