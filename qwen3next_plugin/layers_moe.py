@@ -15,6 +15,7 @@ from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
 from .layers_fp8 import Fp8Columns, Fp8Rows, cuts_fp8_blocks
+from .layers_integer import IntegerExperts
 from .weights import Placement
 from .weights_layout import FP8_BLOCK
 
@@ -39,8 +40,8 @@ def fp8_block_size(
         return FP8_BLOCK
     raise PluginError(
         f"quantization: {prefix} is stored as {method} (weight_block_size {block}), which this plugin "
-        "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
-        f"stock {engine}."
+        "does not run; bf16, fp8 with weight_block_size [128, 128], and AWQ, GPTQ and compressed-tensors without a "
+        f"--quantization of their own work, and QWEN3NEXT_PLUGIN=0 serves it with stock {engine}."
     )
 
 
@@ -107,7 +108,12 @@ class SparseMoE(nn.Module):
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
-        self.experts = RoutedExperts(shard, layers.fp8_block(f"{prefix}.experts"))
+        stored = layers.integer_format(f"{prefix}.experts.w13")
+        self.experts: nn.Module
+        if stored is not None:
+            self.experts = IntegerExperts(shard, stored)
+        else:
+            self.experts = RoutedExperts(shard, layers.fp8_block(f"{prefix}.experts"))
         self.shared_expert = GatedMLP(
             spec.hidden_size, moe.shared_intermediate_size, layers, f"{prefix}.shared_expert", reduce_results=False
         )
