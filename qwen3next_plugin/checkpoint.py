@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import WeightError
 from .spec import Qwen3NextSpec
-from .weights_map import SCALE_SUFFIX, TensorMap, is_ignored, missing_tensor, unknown_tensor, wrong_shape
+from .weights_map import TensorMap, is_ignored, unknown_tensor, wrong_shape
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+_FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3")
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "I8": 1}
 
 
 class TensorInfo(NamedTuple):
@@ -63,27 +64,22 @@ def has_mtp(path: str | PathLike[str]) -> bool:
 def check_checkpoint(path: str | PathLike[str], spec: Qwen3NextSpec) -> CheckpointSummary:
     """Compare a checkpoint's headers with the model a config describes; no weight is read.
 
-    Raises WeightError for the first missing or truncated file, unknown, missing or misshapen tensor, FP8 tensor
-    without block scales, or dtype that is not floating point.
+    Raises WeightError for the first missing or truncated file, unknown, missing or misshapen tensor, quantised
+    tensor without its scales, or dtype that does not belong there.
     """
-    infos = read_headers(path)
+    infos = {name: info for name, info in read_headers(path).items() if not is_ignored(name, spec)}
     tensor_map = TensorMap(spec)
+    int8 = {name for name, info in infos.items() if info.dtype == "I8"}
     for name, info in infos.items():
-        if is_ignored(name, spec):
-            continue
-        source = tensor_map.locate(name)
+        source = tensor_map.locate(name, int8=name in int8)
         if source is None:
             raise unknown_tensor(name, spec)
         if info.shape != source.shape:
             raise wrong_shape(name, info.shape, source)
-        if info.dtype not in _BYTES:
+        if (source.packed is None or source.packed.part == "scale") and info.dtype not in _FLOATS:
             raise WeightError(f"{name} holds {info.dtype}: use a checkpoint of floating-point weights, bf16 or FP8.")
-    missing = tensor_map.first_missing(infos.keys())
-    if missing is None:
-        fp8 = (name for name, info in infos.items() if info.dtype == "F8_E4M3")
-        missing = next((name + SCALE_SUFFIX for name in fp8 if name + SCALE_SUFFIX not in infos), None)
-    if missing is not None:
-        raise missing_tensor(missing)
+    fp8 = {name for name, info in infos.items() if info.dtype == "F8_E4M3"}
+    tensor_map.check_complete(infos.keys(), fp8, int8)
     files = checkpoint_files(path)
     num_bytes = sum(file.stat().st_size for file in files)
     return CheckpointSummary(len(files), len(infos), num_bytes, any(name.startswith("mtp.") for name in infos))

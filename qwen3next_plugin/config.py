@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from .config_fields import Fields, broken, show
+from .config_quant import parse_quant
 from .config_rope import parse_rope
 from .errors import ConfigError
-from .spec import AttentionSpec, GdnSpec, LayerKind, MoeSpec, QuantSpec, Qwen3NextSpec, RopeSpec
+from .spec import AttentionSpec, GdnSpec, IntegerFormat, LayerKind, MoeSpec, QuantSpec, Qwen3NextSpec, RopeSpec
 
 __all__ = [
     "AttentionSpec",
     "GdnSpec",
+    "IntegerFormat",
     "LayerKind",
     "MoeSpec",
     "QuantSpec",
@@ -27,7 +29,6 @@ __all__ = [
 # vLLM and SGLang rename the model for their drafters and hand the same config on.
 MODEL_TYPES = ("qwen3_next", "qwen3_next_mtp")
 ARCHITECTURES = ("Qwen3NextForCausalLM", "Qwen3NextMTP", "Qwen3NextForCausalLMMTP")
-QUANT_METHODS = ("fp8", "compressed-tensors", "awq", "gptq")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -80,7 +81,7 @@ def parse_config(config: Mapping[str, Any]) -> Qwen3NextSpec:
         max_position_embeddings=max_position_embeddings,
         num_mtp_layers=_parse_mtp_layers(fields),
         dtype=_parse_dtype(fields),
-        quant=_parse_quant(fields),
+        quant=parse_quant(fields),
     )
 
 
@@ -200,25 +201,3 @@ def _parse_dtype(fields: Fields) -> torch.dtype:
     if len(set(found.values())) > 1:
         raise broken("torch_dtype", f"is {found['torch_dtype']} while dtype is {found['dtype']}", "drop one of the two")
     return next(iter(found.values()), torch.bfloat16)
-
-
-def _parse_quant(fields: Fields) -> QuantSpec | None:
-    section = fields.section("quantization_config")
-    if section is None:
-        return None
-    method = section.text("quant_method", choices=QUANT_METHODS)
-    ignored: list[str] = []
-    for name in ("modules_to_not_convert", "ignored_layers", "ignore"):
-        ignored += section.sequence(name, str, ())
-    block = section.sequence("weight_block_size", int, ()) or None
-    if block is not None and (len(block) != 2 or min(block) < 1):
-        raise broken(section.name("weight_block_size"), f"is {show(list(block))}", "give two sizes, [128, 128]")
-    if method == "fp8":
-        section.text("fmt", "e4m3", choices=("e4m3",))
-    scheme = section.text("activation_scheme") if section.has("activation_scheme") else None
-    return QuantSpec(
-        method=method,
-        weight_block_size=(block[0], block[1]) if block is not None else None,
-        ignored=tuple(dict.fromkeys(ignored)),
-        activation_scheme=scheme,
-    )

@@ -8,8 +8,8 @@ import torch
 
 from .errors import WeightError
 from .spec import Qwen3NextSpec
-from .weights_map import Placement
 from .weights_shards import scale_block, shard_fused
+from .weights_sources import Placement
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExpertShard:
         return self.spec.moe.intermediate_size // (1 if self.expert_parallel else self.size)
 
     def scale_block(self, block: int) -> int:
-        """Intermediate columns for one FP8 factor here, where a checkpoint has one for ``block`` (see there)."""
+        """Intermediate columns for one factor here, where a checkpoint has one for ``block`` (see there)."""
         return block if self.expert_parallel or self.size == 1 else scale_block(block, self.intermediate_size)
 
     def local_ids(self, ids: torch.Tensor) -> torch.Tensor:

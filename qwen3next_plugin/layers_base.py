@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import IntegerFormat
 from .kernels.norm import add_rms_norm, rms_norm
 
 
@@ -17,7 +18,8 @@ class ParallelLayers:
     """An engine's linear layers, which load their own slices, and this process's place among the tensor-parallel ranks.
 
     The layers' forward returns a tuple with the output first. ``fp8_block`` says of a module, by its prefix, whether
-    its weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks.
+    its weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks. Where modules are
+    stored in packed integers, ``integer_format`` says how, by the fused module's name (see `layers_integer`).
     """
 
     rank: int
@@ -31,6 +33,7 @@ class ParallelLayers:
     replicated: Callable[..., nn.Module]
     silu_and_mul: Callable[[], nn.Module]
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
+    integer_format: Callable[[str], IntegerFormat | None] = lambda prefix: None
 
     def options(self, prefix: str) -> dict[str, Any]:
         """What every quantisable layer is built with; ``prefix`` is its name in the checkpoint."""

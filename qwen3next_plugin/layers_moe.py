@@ -15,6 +15,7 @@ from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
 from .layers_fp8 import Fp8Columns, Fp8Rows, cuts_fp8_blocks
+from .layers_integer import IntegerExperts
 from .weights import Placement
 from .weights_layout import FP8_BLOCK
 
@@ -39,8 +40,8 @@ def fp8_block_size(
         return FP8_BLOCK
     raise PluginError(
         f"quantization: {prefix} is stored as {method} (weight_block_size {block}), which this plugin "
-        "does not run; bf16 and fp8 with weight_block_size [128, 128] work, and QWEN3NEXT_PLUGIN=0 serves it with "
-        f"stock {engine}."
+        "does not run; bf16, fp8 with weight_block_size [128, 128], and AWQ, GPTQ and compressed-tensors without a "
+        f"--quantization of their own work, and QWEN3NEXT_PLUGIN=0 serves it with stock {engine}."
     )
 
 
@@ -134,8 +135,11 @@ class _View(nn.Module):
 def joins_experts(spec: Qwen3NextSpec, layers: ParallelLayers, prefix: str) -> bool:
     """Whether the shared expert of the MoE ``prefix`` is stored just as a routed one and cut over ranks alike."""
     moe, shared = spec.moe, (f"{prefix}.shared_expert.gate_up_proj", f"{prefix}.shared_expert.down_proj")
-    formats = {layers.fp8_block(name) for name in (f"{prefix}.experts", *shared)}
-    return moe.shared_intermediate_size == moe.intermediate_size and not layers.expert_parallel and len(formats) == 1
+    if moe.shared_intermediate_size != moe.intermediate_size or layers.expert_parallel:
+        return False
+    if any(layers.integer_format(name) is not None for name in (f"{prefix}.experts.w13", *shared)):
+        return False
+    return len({layers.fp8_block(name) for name in (f"{prefix}.experts", *shared)}) == 1
 
 
 class SparseMoE(nn.Module):
@@ -150,10 +154,15 @@ class SparseMoE(nn.Module):
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
+        stored = layers.integer_format(f"{prefix}.experts.w13")
         self.joined = joins_experts(spec, layers, prefix)
-        self.experts = Experts(shard, layers.fp8_block(f"{prefix}.experts"), num_shared=int(self.joined))
+        self.experts: nn.Module
+        if stored is not None:
+            self.experts = IntegerExperts(shard, stored)
+        else:
+            self.experts = Experts(shard, layers.fp8_block(f"{prefix}.experts"), num_shared=int(self.joined))
         self.shared_expert: nn.Module
-        if self.joined:
+        if isinstance(self.experts, Experts) and self.joined:
             self.shared_expert = SharedBehindExperts(self.experts)
         else:
             self.shared_expert = GatedMLP(

@@ -5,6 +5,7 @@ All sizes are counts of elements, heads, layers or tokens; nothing here knows ab
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -92,27 +93,79 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class IntegerFormat:
+    """Integer codes of ``bits`` (4 or 8) with one scale for ``group_size`` columns of a row, None for all of it.
+
+    ``packing`` says how the checkpoint stores them: "awq", "gptq", "gptq_v2", "pack-quantized" or "int-quantized".
+    Without ``symmetric`` each scale has a zero point beside it. ``quantize_activations``: activations are rounded to
+    INT8 too, with one scale a token.
+    """
+
+    packing: str
+    bits: int
+    group_size: int | None
+    symmetric: bool = True
+    quantize_activations: bool = False
+
+    def groups(self, columns: int) -> int | None:
+        """Scales of a row of so many columns; None where groups do not divide it."""
+        group = self.group_size or columns
+        return None if columns % group else columns // group
+
+    def __str__(self) -> str:
+        return (
+            f"{self.packing} int{self.bits}, {f'groups of {self.group_size}' if self.group_size else 'a scale a row'}"
+        )
+
+
+@dataclass(frozen=True)
+class ModuleRule:
+    """Modules of these names, with one of these parts in theirs, or matched from their start on by one of these regular
+    expressions, are stored so; ``format`` None: they are not quantised.
+    """
+
+    format: IntegerFormat | None
+    names: frozenset[str] = frozenset()
+    parts: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    def covers(self, module: str) -> bool:
+        """Whether this rule is about the checkpoint's module of that dotted name."""
+        if module in self.names or any(part in module for part in self.parts):
+            return True
+        return any(re.match(pattern, module) for pattern in self.patterns)
+
+
+@dataclass(frozen=True)
 class QuantSpec:
     """How the checkpoint's linear layers are quantised.
 
-    ``weight_block_size`` is (rows, columns) covered by one scale, None for one scale a tensor or channel;
-    ``ignored`` names the modules that stay in ``Qwen3NextSpec.dtype``.
+    FP8: ``weight_block_size`` is (rows, columns) covered by one scale, None for one scale a tensor or channel;
+    ``ignored`` names the modules that stay in ``Qwen3NextSpec.dtype``. Integers: the first of ``rules`` that covers a
+    module says how it is stored. One of the two.
     """
 
     method: str
     weight_block_size: tuple[int, int] | None = None
     ignored: tuple[str, ...] = ()
     activation_scheme: str | None = None
+    rules: tuple[ModuleRule, ...] = ()
 
     def is_ignored(self, module: str) -> bool:
         """Whether the checkpoint module of this dotted name (no ``.weight``) is left unquantised.
 
-        An entry matches the module itself, everything below it, and, given as a tail such as ``mlp.gate``, that
-        module of every layer.
+        An entry of ``ignored`` matches the module itself, everything below it, and, given as a tail such as
+        ``mlp.gate``, that module of every layer.
         """
+        if self.rules:
+            return self.integer_format(module) is None
         return any(
             module == entry or module.startswith(entry + ".") or module.endswith("." + entry) for entry in self.ignored
         )
+
+    def integer_format(self, module: str) -> IntegerFormat | None:
+        """How the linear layer of this name in the checkpoint is stored, None for one that is not made of integers."""
+        return next((rule.format for rule in self.rules if rule.covers(module)), None)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .demo.random import tensor_shapes
+from .errors import WeightError
 from .kernels.gemm.reference import quantize_block
 from .spec import Qwen3NextSpec
 from .weights_map import SCALE_SUFFIX, Scope, in_scope
@@ -50,8 +51,10 @@ def synthetic_tensors(
     Matrices come in ``spec.dtype``, or as float8_e4m3fn codes followed by ``..._scale_inv`` (float32, positive) where
     ``spec.quant`` covers them; A_log and dt_bias in float32. ``scope`` "model" leaves the MTP layer out, "mtp" gives it
     with the embedding and head that a drafter shares. Experts are drawn together and handed out as views, one by one,
-    gate, up and down in turn.
+    gate, up and down in turn. Raises WeightError for a model in packed integers.
     """
+    if spec.quant is not None and spec.quant.rules:
+        raise WeightError(f"synthetic weights are bf16 or FP8, not {spec.quant.method}: take another config.json.")
     device = torch.device(device)
     shapes = [(name, shape) for name, shape in tensor_shapes(spec) if in_scope(name, scope)]
     for name, shape in shapes:

@@ -55,7 +55,7 @@ def _place(
     default_loader: Callable[[nn.Parameter, torch.Tensor], None],
 ) -> None:
     loader: Callable[..., None] = getattr(parameter, "weight_loader", default_loader)
-    if ".experts." in placement.name:
+    if ".experts." in placement.name or getattr(parameter, "takes_placement", False):
         loader(parameter, tensor, placement)
     elif placement.shard is not None:
         loader(parameter, tensor, _SHARD_IDS[placement.shard])

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from . import weights_packed
 from .errors import WeightError
-from .spec import LayerKind, Qwen3NextSpec
+from .spec import IntegerFormat, LayerKind, Qwen3NextSpec
+from .weights_packed import PackedPart, Part
+from .weights_sources import Placement, Source, layer_sources, top_sources
 
 SCALE_SUFFIX = "_scale_inv"
 Scope = Literal["all", "model", "mtp"]
@@ -15,38 +18,9 @@ _LAYER = re.compile(r"(model|mtp)\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
 # A full-attention layer with experts, whatever layer 0 of the decoder is.
 _MTP_LAYER = (LayerKind.FULL, False)
+_EXPERT_TENSORS = re.compile(r"\.w(13|2)$")
+_PART_SUFFIXES = {"scale": weights_packed.SCALE_SUFFIX, "zero": weights_packed.ZERO_SUFFIX}
 _EXPERT_PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-
-
-class Placement(NamedTuple):
-    """The place of one checkpoint tensor in the fused weights.
-
-    ``shard`` is None for a whole tensor, else which part of it: "q", "k", "v" of ``qkv_proj``, "gate" or "up" of
-    ``gate_up_proj`` and ``experts.w13``. ``expert`` is None for tensors without experts and for stacked experts.
-    """
-
-    name: str
-    shard: str | None = None
-    expert: int | None = None
-
-
-class Source(NamedTuple):
-    """What a checkpoint tensor must look like and where it goes.
-
-    ``shape`` is the checkpoint tensor's, ``fused_shape`` that of the whole fused tensor, and ``offset`` the first row
-    (of dim -2) this part takes in it. ``relayout`` names the change of layout on the way, if any.
-    """
-
-    placement: Placement
-    shape: tuple[int, ...]
-    fused_shape: tuple[int, ...]
-    offset: int = 0
-    relayout: Literal["qkvz", "ba", "conv", "float32"] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether this tensor alone makes up the fused one."""
-        return self.placement.shard is None and self.placement.expert is None
 
 
 class TensorMap:
@@ -54,18 +28,64 @@ class TensorMap:
 
     def __init__(self, spec: Qwen3NextSpec) -> None:
         self.spec = spec
-        self._top = _top_sources(spec)
+        self._top = top_sources(spec)
         self._decoder = [(kind, index in spec.dense_layers) for index, kind in enumerate(spec.layer_kinds)]
-        self._layers = {layer: _layer_sources(spec, *layer) for layer in {*self._decoder, _MTP_LAYER}}
+        self._layers = {layer: layer_sources(spec, *layer) for layer in {*self._decoder, _MTP_LAYER}}
+        rules = spec.quant.rules if spec.quant is not None else ()
+        self._packings = {rule.format.packing for rule in rules if rule.format is not None}
+        self._formats: dict[str, IntegerFormat | None] = {}
+        self._stored: dict[str, tuple[str, IntegerFormat]] = {}
 
-    def locate(self, name: str) -> Source | None:
-        """The source of a checkpoint tensor, block scales included; None for a name this model does not have.
+    def locate(self, name: str, *, int8: bool = False) -> Source | None:
+        """The source of a checkpoint tensor, block scales and packed integers included; None for an unknown name.
 
-        Raises WeightError for a block scale that the config or the model's sizes leave no meaning for.
+        ``int8``: it holds such numbers, which one packing calls by the weight's own name. Raises WeightError for a part
+        of a quantised tensor that the config or the model's sizes leave no meaning for.
         """
         if name.endswith(SCALE_SUFFIX):
             weight = self.locate(name.removesuffix(SCALE_SUFFIX))
             return None if weight is None else _scale_source(name, weight, self.spec)
+        packed = weights_packed.split(name, self._packings)
+        if int8 and "int-quantized" in self._packings and name.endswith(".weight"):
+            packed = name.removesuffix(".weight"), "weight"
+        return self._float(name) if packed is None else self._packed(name, *packed)
+
+    def _packed(self, name: str, module: str, part: Part) -> Source | None:
+        """The source of part ``part`` of an integer-quantised module; ``name`` is that tensor's, for messages.
+
+        Raises WeightError for a module that the config does not quantise, or quantises unlike the others that are fused
+        with it.
+        """
+        weight = self._float(f"{module}.weight")
+        if weight is None:
+            return None
+        if len(weight.shape) < 2 or weight.relayout == "conv":
+            raise WeightError(
+                f"{name} is in the checkpoint, but this tensor is never quantised: fetch the checkpoint again."
+            )
+        stored = self._format_of(module)
+        if stored is None:
+            raise WeightError(
+                f"{name} is in the checkpoint, but config.json's quantization_config leaves {module} as it is: take "
+                "the config.json that belongs to this checkpoint."
+            )
+        fused = weight.placement.name
+        first, other = self._stored.setdefault(_EXPERT_TENSORS.sub("", fused), (module, stored))
+        if other != stored:
+            raise WeightError(
+                f"{module} is stored as {stored} and {first} as {other}, which run as one: quantise both alike."
+            )
+        rows, columns = weight.shape
+        if stored.groups(columns) is None:
+            raise WeightError(
+                f"{name}: groups of {stored.group_size} do not divide its {columns} columns: use another group_size."
+            )
+        found = PackedPart(part, stored, rows, columns)
+        shape = (*weight.fused_shape[:-2], *found.laid_out(weight.fused_shape[-2]))
+        placement = weight.placement._replace(name=fused + _PART_SUFFIXES.get(part, ""))
+        return weight._replace(placement=placement, shape=found.shape, fused_shape=shape, packed=found)
+
+    def _float(self, name: str) -> Source | None:
         match = _LAYER.fullmatch(name)
         if match is None:
             return self._top.get(name)
@@ -89,16 +109,50 @@ class TensorMap:
         """(mixer, whether dense) of the layers of ``model`` or ``mtp``."""
         return [_MTP_LAYER] if tree == "mtp" else self._decoder
 
-    def first_missing(self, names: AbstractSet[str], scope: Scope = "all") -> str | None:
-        """The first weight (block scales aside) the model needs in ``scope`` that is not among ``names``.
+    def check_complete(
+        self, names: AbstractSet[str], fp8: AbstractSet[str], int8: AbstractSet[str], scope: Scope = "all"
+    ) -> None:
+        """Raise WeightError for the first tensor the model needs in ``scope`` that is not among ``names``.
 
-        MTP weights count as needed if config.json says so, if ``names`` has some, or if ``scope`` is "mtp".
+        ``fp8`` and ``int8`` are those of them that hold such codes. MTP weights count as needed if config.json says so,
+        if ``names`` has some, or if ``scope`` is "mtp". So does a tensor that means a second weight for one module.
         """
+        codes = self._codes(names, int8)
+        weights = {f"{module}.weight": name for module, name in codes.items()}
+        twice = next((name for weight, name in weights.items() if weight in names and name != weight), None)
+        if twice is not None:
+            raise WeightError(f"{twice} is in the checkpoint, and the same weight unquantised: keep one of the two.")
         wants_mtp = scope == "mtp" or self.spec.num_mtp_layers > 0 or any(name.startswith("mtp.") for name in names)
-        for name in self._needed(names, wants_mtp):
-            if in_scope(name, scope) and name not in names:
-                return name
-        return None
+        present = names | weights.keys()
+        missing = next((n for n in self._needed(present, wants_mtp) if in_scope(n, scope) and n not in present), None)
+        missing = missing or next((w + SCALE_SUFFIX for w in sorted(fp8) if w + SCALE_SUFFIX not in names), None)
+        if missing is None:
+            for module, name in codes.items():
+                stored = self._format_of(module)
+                beside = weights_packed.companions(module, stored, name) if stored is not None else ()
+                missing = missing or next((other for other in beside if other not in names), None)
+        if missing is not None:
+            raise missing_tensor(missing)
+        for name in names:
+            part = weights_packed.split(name, self._packings)
+            if part is not None and part[0] not in codes:
+                raise WeightError(
+                    f"{name} is in the checkpoint beside an unquantised {part[0]}.weight: keep one of the two."
+                )
+
+    def _format_of(self, module: str) -> IntegerFormat | None:
+        if module not in self._formats:
+            self._formats[module] = self.spec.quant.integer_format(module) if self.spec.quant is not None else None
+        return self._formats[module]
+
+    def _codes(self, names: AbstractSet[str], int8: AbstractSet[str]) -> dict[str, str]:
+        """The modules stored in integers and their tensors of codes."""
+        found = {name.removesuffix(".weight"): name for name in int8}
+        for name in names:
+            packed = weights_packed.split(name, self._packings)
+            if packed is not None and packed[1] == "weight":
+                found[packed[0]] = name
+        return found
 
     def _needed(self, names: AbstractSet[str], wants_mtp: bool) -> Iterator[str]:
         yield from (name for name in self._top if wants_mtp or not name.startswith("mtp."))
@@ -116,102 +170,6 @@ class TensorMap:
                 continue
             for expert in range(self.spec.moe.num_experts):
                 yield from (f"{prefix}mlp.experts.{expert}.{part}" for part in _EXPERT_PARTS)
-
-
-def _top_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
-    h, table = spec.hidden_size, (spec.vocab_size, spec.hidden_size)
-    sources = [
-        _whole("model.embed_tokens.weight", *table),
-        _whole("model.norm.weight", h),
-        _whole("mtp.fc.weight", h, 2 * h),
-        _whole("mtp.norm.weight", h),
-        _whole("mtp.pre_fc_norm_embedding.weight", h),
-        _whole("mtp.pre_fc_norm_hidden.weight", h),
-    ]
-    if not spec.tie_word_embeddings:
-        sources.insert(2, _whole("lm_head.weight", *table))
-    return {source.placement.name: source for source in sources}
-
-
-def _layer_sources(spec: Qwen3NextSpec, kind: LayerKind, dense: bool) -> dict[str, Source]:
-    """The tensors of one layer by name below its prefix; ``*`` stands for the expert."""
-    h = spec.hidden_size
-    sources = {name: _whole(name, h) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
-    sources |= _gdn_sources(spec) if kind is LayerKind.LINEAR else _attention_sources(spec)
-    if dense:
-        sources |= _mlp_sources("mlp.", h, spec.intermediate_size)
-    else:
-        sources |= _moe_sources(spec)
-    return sources
-
-
-def _whole(name: str, *shape: int) -> Source:
-    return Source(Placement(name), shape, shape)
-
-
-def _gdn_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
-    gdn, h = spec.gdn, spec.hidden_size
-    heads, conv = (gdn.num_v_heads,), (gdn.conv_dim, gdn.conv_kernel_size)
-    qkvz, ba = (2 * gdn.key_dim + 2 * gdn.value_dim, h), (2 * gdn.num_v_heads, h)
-    sources = [
-        Source(Placement("in_proj_qkvz.weight"), qkvz, qkvz, relayout="qkvz"),
-        Source(Placement("in_proj_ba.weight"), ba, ba, relayout="ba"),
-        Source(Placement("conv1d.weight"), (conv[0], 1, conv[1]), conv, relayout="conv"),
-        Source(Placement("A_log"), heads, heads, relayout="float32"),
-        Source(Placement("dt_bias"), heads, heads, relayout="float32"),
-        _whole("norm.weight", gdn.head_v_dim),
-        _whole("out_proj.weight", h, gdn.value_dim),
-    ]
-    return {f"linear_attn.{s.placement.name}": _below("linear_attn.", s) for s in sources}
-
-
-def _below(prefix: str, source: Source) -> Source:
-    return source._replace(placement=source.placement._replace(name=prefix + source.placement.name))
-
-
-def _attention_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
-    attention, h = spec.attention, spec.hidden_size
-    # q_proj holds the output gate as well: per head, first q, then the gate.
-    query = 2 * attention.num_heads * attention.head_dim
-    key = attention.num_kv_heads * attention.head_dim
-    fused = (query + 2 * key, h)
-    name = "self_attn.qkv_proj.weight"
-    return {
-        "self_attn.q_proj.weight": Source(Placement(name, "q"), (query, h), fused),
-        "self_attn.k_proj.weight": Source(Placement(name, "k"), (key, h), fused, query),
-        "self_attn.v_proj.weight": Source(Placement(name, "v"), (key, h), fused, query + key),
-        "self_attn.o_proj.weight": _whole("self_attn.o_proj.weight", h, query // 2),
-        "self_attn.q_norm.weight": _whole("self_attn.q_norm.weight", attention.head_dim),
-        "self_attn.k_norm.weight": _whole("self_attn.k_norm.weight", attention.head_dim),
-    }
-
-
-def _mlp_sources(prefix: str, h: int, width: int) -> dict[str, Source]:
-    fused, name = (2 * width, h), f"{prefix}gate_up_proj.weight"
-    return {
-        f"{prefix}gate_proj.weight": Source(Placement(name, "gate"), (width, h), fused),
-        f"{prefix}up_proj.weight": Source(Placement(name, "up"), (width, h), fused, width),
-        f"{prefix}down_proj.weight": _whole(f"{prefix}down_proj.weight", h, width),
-    }
-
-
-def _moe_sources(spec: Qwen3NextSpec) -> dict[str, Source]:
-    moe, h = spec.moe, spec.hidden_size
-    width = moe.intermediate_size
-    w13, w2 = (moe.num_experts, 2 * width, h), (moe.num_experts, h, width)
-    up, down = Placement("mlp.experts.w13", "up"), Placement("mlp.experts.w2")
-    return {
-        "mlp.gate.weight": _whole("mlp.gate.weight", moe.num_experts, h),
-        "mlp.shared_expert_gate.weight": _whole("mlp.shared_expert_gate.weight", 1, h),
-        **_mlp_sources("mlp.shared_expert.", h, moe.shared_intermediate_size),
-        # As published, one tensor an expert.
-        "mlp.experts.*.gate_proj.weight": Source(Placement("mlp.experts.w13", "gate"), (width, h), w13),
-        "mlp.experts.*.up_proj.weight": Source(up, (width, h), w13, width),
-        "mlp.experts.*.down_proj.weight": Source(down, (h, width), w2),
-        # As transformers 5 holds them, all experts in one tensor.
-        "mlp.experts.gate_up_proj": Source(Placement("mlp.experts.w13"), w13, w13),
-        "mlp.experts.down_proj": Source(down, w2, w2),
-    }
 
 
 def _scale_source(name: str, weight: Source, spec: Qwen3NextSpec) -> Source:
@@ -266,11 +224,12 @@ def wrong_shape(name: str, shape: tuple[int, ...], source: Source) -> WeightErro
 
 def unknown_tensor(name: str, spec: Qwen3NextSpec) -> WeightError:
     """The error for a checkpoint tensor that this model has no place for."""
-    if spec.quant is not None and (spec.quant.method != "fp8" or spec.quant.weight_block_size is None):
-        kind = spec.quant.method if spec.quant.method != "fp8" else "fp8 without weight_block_size"
+    quantised = name.endswith("_scale") or weights_packed.split(name) is not None
+    if quantised and (spec.quant is None or not spec.quant.rules):
+        kind = "no quantization_config" if spec.quant is None else f"an {spec.quant.method} quantization_config"
         return WeightError(
-            f"{name} belongs to {kind} quantisation, which cannot be loaded: use a bf16 checkpoint or an FP8 one "
-            "with 128x128 blocks."
+            f"{name} is part of a quantised tensor, but config.json has {kind}, which says nothing of it: take the "
+            "config.json that belongs to this checkpoint, or an FP8 checkpoint with 128x128 blocks."
         )
     return WeightError(
         f"{name} is no tensor of this model: check num_hidden_layers, layer_types, mlp_only_layers and num_experts in "

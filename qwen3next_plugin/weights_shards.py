@@ -1,6 +1,7 @@
 """Slices of the fused tensors for tensor parallelism, by heads where a tensor is made of heads.
 
-Every slice is a choice of rows or columns, so that the FP8 block scales follow from the same choice.
+Every slice is a choice of rows or columns, so that FP8 block scales, and the scales and zero points of integer codes,
+follow from the same choice.
 """
 
 import re
@@ -10,14 +11,18 @@ from math import gcd
 
 import torch
 
+from . import weights_packed
+from .config_quant import MIN_GROUP
 from .errors import WeightError
-from .spec import Qwen3NextSpec
+from .spec import IntegerFormat, Qwen3NextSpec
 from .weights_layout import take_block_scales, take_rows
-from .weights_map import SCALE_SUFFIX, Placement
+from .weights_map import SCALE_SUFFIX
+from .weights_sources import Placement
 
 MIN_BLOCK = 32  # the depth of one FP8 tensor-core instruction: a finer factor could not be applied between two
 
 _PREFIX = re.compile(r"(model|mtp)\.layers\.\d+\.")
+_BESIDE = re.compile(f"({SCALE_SUFFIX}|{weights_packed.SCALE_SUFFIX}|{weights_packed.ZERO_SUFFIX})$")
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,16 @@ def shard_fused(
         placement = Placement(placement)
     if not 0 <= rank < size:
         raise WeightError(f"tensor-parallel rank {rank} is outside 0 to {size - 1}: give a rank below the size.")
-    weight = placement.name.removesuffix(SCALE_SUFFIX)
+    weight = _BESIDE.sub("", placement.name)
     rule = _rules(spec).get(_PREFIX.sub("", weight))
     if rule is None or size == 1:
         return tensor
     rows = _rows(rule, placement.shard, rank, size)
+    if weight != placement.name and not placement.name.endswith(SCALE_SUFFIX):
+        return _take_groups(tensor, rows, rule, size, weight)
     if weight == placement.name:
-        return take_rows(tensor, rows, rule.dim)
+        # Of integer codes of 4 bits, a byte holds two columns.
+        return take_rows(tensor, rows[::2] // 2 if tensor.dtype == torch.uint8 and rule.dim == -1 else rows, rule.dim)
     block = spec.quant.weight_block_size if spec.quant is not None else None
     if block is None:
         raise WeightError(
@@ -106,6 +114,27 @@ def shard_fused(
         )
     finer = _scale_block(rule, size, block[rule.dim])
     return take_block_scales(tensor, rows, block[rule.dim], weight, rule.dim, finer)
+
+
+def _take_groups(tensor: torch.Tensor, rows: torch.Tensor, rule: _Rule, size: int, weight: str) -> torch.Tensor:
+    """The scales or zero points [.., N, groups] of the rows, or of the columns, that a rank holds."""
+    if rule.dim == -2:
+        return take_rows(tensor, rows, -2)
+    columns = sum(section.units * section.width for section in rule.sections)
+    group = columns // tensor.shape[-1]
+    return take_block_scales(tensor, rows, group, weight, -1, _scale_group(rule, size, group))
+
+
+def _scale_group(rule: _Rule, size: int, group: int) -> int:
+    """Columns of a rank for one scale of integer codes, where the checkpoint has one for ``group``."""
+    finer = scale_block(group, *(width for _, width in _widths(rule, size)))
+    if finer < MIN_GROUP:
+        section, width = next(_widths(rule, size))
+        raise WeightError(
+            f"tensor-parallel size {size} leaves {width} columns of {section.field} ({section.units * section.width}) "
+            f"to a rank, in groups of {finer} of one scale: use a smaller size, which leaves groups of {MIN_GROUP}."
+        )
+    return finer
 
 
 def scale_block(block: int, *widths: int) -> int:
@@ -179,6 +208,10 @@ def check_tensor_parallel(spec: Qwen3NextSpec, size: int) -> None:
         if name.startswith("mlp.down") and not spec.dense_layers:
             continue
         _rows(rule, None, 0, size)
+        if size > 1 and rule.dim == -1:
+            for stored in _integer_formats(name, spec):
+                columns = sum(section.units * section.width for section in rule.sections)
+                _scale_group(rule, size, stored.group_size or columns)
         if block is None or size == 1 or not _quantised(name, spec):
             continue
         if name.startswith("mlp."):
@@ -195,9 +228,29 @@ _PARTS = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "experts.w13": "exp
 def _quantised(name: str, spec: Qwen3NextSpec) -> bool:
     """Whether a layer of ``spec``, which has a quantisation, has this fused tensor in FP8."""
     assert spec.quant is not None
+    module = _module_behind(name)
+    return module is not None and not all(
+        spec.quant.is_ignored(f"model.layers.{i}.{module}") for i in range(spec.num_layers)
+    )
+
+
+def _module_behind(name: str) -> str | None:
+    """The checkpoint's module, or the first of them, that makes up a fused tensor; None for one never quantised."""
     module = name.removesuffix(".weight")
     if module.endswith(("conv1d", "A_log", "dt_bias")):
-        return False
+        return None
     for fused, part in _PARTS.items():
         module = module.removesuffix(fused) + part if module.endswith(fused) else module
-    return not all(spec.quant.is_ignored(f"model.layers.{i}.{module}") for i in range(spec.num_layers))
+    return module
+
+
+def integer_format(module: str, spec: Qwen3NextSpec) -> IntegerFormat | None:
+    """How the config says that the fused module of this name (``...qkv_proj``, ``...experts.w13``) is stored."""
+    behind = _module_behind(module)
+    return spec.quant.integer_format(behind) if spec.quant is not None and behind is not None else None
+
+
+def _integer_formats(name: str, spec: Qwen3NextSpec) -> set[IntegerFormat]:
+    """The formats that layers have this fused tensor in."""
+    found = (integer_format(f"model.layers.{i}.{name}", spec) for i in range(spec.num_layers))
+    return {stored for stored in found if stored is not None}

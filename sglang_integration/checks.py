@@ -16,6 +16,7 @@ from torch import nn
 
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
 from qwen3next_plugin.errors import RegistrationError
+from qwen3next_plugin.quantization import NAME, check_asked, is_ours
 from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
@@ -38,6 +39,14 @@ def derive_context_length(original: Callable[..., None], model_config: ModelConf
     original(model_config, context_length)
 
 
+def verify_quantization(original: Callable[..., None], model_config: ModelConfig) -> None:
+    """Around ModelConfig._verify_quantization: packed integers of this model are a method of our own."""
+    if is_ours(model_config.hf_config.to_dict(), model_config.quantization):
+        model_config.quantization = NAME
+    else:
+        original(model_config)
+
+
 def model_config_from(
     original: Callable[..., ModelConfig], server_args: ServerArgs, *args: Any, **kwargs: Any
 ) -> ModelConfig:
@@ -46,7 +55,9 @@ def model_config_from(
     if is_qwen3_next(model_config):
         if server_args.model_impl not in ("auto", "sglang"):
             raise _not_ours(f"its --model-impl {server_args.model_impl}")
-        _check(parse_config(model_config.hf_config), Path(model_config.model_path), server_args)
+        spec = parse_config(model_config.hf_config)
+        check_asked(spec, model_config.quantization)
+        _check(spec, Path(model_config.model_path), server_args)
         if server_args.tokenizer_worker_num > 1:
             check_processes_without_plugins(model_config)
     return model_config

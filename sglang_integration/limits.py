@@ -73,9 +73,12 @@ def _check_quantisation(spec: Qwen3NextSpec, asked: str | None) -> None:
         if asked not in _AS_IT_IS:
             raise _refused("quantization", asked, "weights are not quantised while loading, give an FP8 checkpoint")
         return
+    if quant.rules:
+        return  # `quantization.check_asked` looks at those
     if quant.method != "fp8" or quant.weight_block_size != (FP8_BLOCK, FP8_BLOCK):
         block = "" if quant.weight_block_size is None else f" with blocks {list(quant.weight_block_size)}"
-        remedy = f"bf16 and fp8 with weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}] are served, use such a checkpoint"
+        served = f"bf16, fp8 with weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}], AWQ, GPTQ and compressed-tensors"
+        remedy = f"{served} are served, use such a checkpoint"
         raise ConfigError(f"quantization_config is {quant.method}{block}: {remedy}, {_STOCK}.", "quantization_config")
     if asked not in (*_AS_IT_IS, "fp8"):
         raise _refused("quantization", asked, "the checkpoint is fp8, drop it")

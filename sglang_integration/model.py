@@ -26,7 +26,7 @@ class Qwen3NextModel(nn.Module):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
         cos_sin = cos_sin_table(spec)
-        layers = parallel_layers(quant_config)
+        layers = parallel_layers(spec, quant_config)
         self.layers = nn.ModuleList(
             decoder_layer(spec, layers, i, cos_sin, f"{prefix}.layers.{i}", kind=kind, dense=i in spec.dense_layers)
             for i, kind in enumerate(spec.layer_kinds)

@@ -17,7 +17,9 @@ from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 
 from qwen3next_plugin import layers_moe
+from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_integer import integer_layers
 
 from .names import get_parallel
 
@@ -26,10 +28,10 @@ fp8_block_size = partial(
 )
 
 
-def parallel_layers(quant_config: QuantizationConfig | None) -> ParallelLayers:
+def parallel_layers(spec: Qwen3NextSpec, quant_config: QuantizationConfig | None) -> ParallelLayers:
     """What the model is built from in this process."""
     parallel = get_parallel()
-    return ParallelLayers(
+    layers = ParallelLayers(
         rank=parallel.tp_rank,
         size=parallel.tp_size,
         expert_parallel=parallel.ep_size > 1,
@@ -42,3 +44,4 @@ def parallel_layers(quant_config: QuantizationConfig | None) -> ParallelLayers:
         silu_and_mul=SiluAndMul,
         all_reduce=tensor_model_parallel_all_reduce,
     )
+    return integer_layers(layers, spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -24,10 +23,8 @@ class Qwen3NextPredictor(nn.Module):
     def __init__(self, spec: Qwen3NextSpec, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
-        self.fc = ReplicatedLinear(
-            2 * spec.hidden_size, spec.hidden_size, bias=False, quant_config=quant_config, prefix=f"{prefix}.fc"
-        )
-        layers, cos_sin, name = parallel_layers(quant_config), cos_sin_table(spec), f"{prefix}.layers.0"
+        layers, cos_sin, name = parallel_layers(spec, quant_config), cos_sin_table(spec), f"{prefix}.layers.0"
+        self.fc = layers.replicated(2 * spec.hidden_size, spec.hidden_size, **layers.options(f"{prefix}.fc"))
         self.layers = nn.ModuleList([decoder_layer(spec, layers, 0, cos_sin, name, kind=LayerKind.FULL, dense=False)])
         self.pre_fc_norm_embedding = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.pre_fc_norm_hidden = ZeroCentredRMSNorm(spec.hidden_size, spec.rms_norm_eps)

@@ -36,6 +36,7 @@ _UNIFIED_POOL = f"{_POOLS}.unified_memory_pool.UnifiedHybridReqToTokenPool._init
 _COMMIT = f"{_HYBRID}.HybridLinearAttnBackend.update_mamba_state_after_mtp_verify"
 _AROUND = {  # to functions of this package
     f"{_MODEL_CONFIG}._derive_context_length": "checks.derive_context_length",
+    f"{_MODEL_CONFIG}._verify_quantization": "checks.verify_quantization",
     f"{_MODEL_CONFIG}.from_server_args": "checks.model_config_from",
     _ARCHITECTURE: "checks.model_architecture",
     _STATE_BUDGET: "drafts.handle_max_mamba_cache",
@@ -101,6 +102,12 @@ RELIANCES = [
     Reliance(
         f"{_MODEL_CONFIG}._derive_context_length", "to complete the rope before it", parameters=("context_length",)
     ),
+    Reliance(f"{_MODEL_CONFIG}._verify_quantization", "to run packed integers on our layers"),
+    Reliance(
+        "sglang.srt.layers.quantization",
+        "to run packed integers on our layers",
+        attributes=("QUANTIZATION_METHODS", "CPU_QUANTIZATION_METHODS"),
+    ),
     Reliance(f"{_MODEL_CONFIG}.from_server_args", "to check the checkpoint", parameters=("server_args",)),
     Reliance(_ARCHITECTURE, "to see which class is built", parameters=("model_config",)),
     Reliance("sglang.srt.utils.hf_transformers.config.HfModelConfigParser.parse", "to read config.json as SGLang does"),
@@ -140,8 +147,10 @@ def _register_classes() -> None:
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.utils.hf_transformers.common import _CONFIG_REGISTRY
 
+    from . import quantization
     from .config import MODEL_TYPE, CheckedConfigParser, LayerTypesConfig
 
+    quantization.register()
     for architecture, (module, name) in _MODELS.items():
         ModelRegistry.models[architecture] = getattr(import_module(module), name)
     _CONFIG_REGISTRY[MODEL_TYPE] = LayerTypesConfig

@@ -12,6 +12,7 @@ from vllm.transformers_utils.config import HFConfigParser
 
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.errors import PluginError
+from qwen3next_plugin.quantization import check_asked
 from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
@@ -40,7 +41,9 @@ class CheckedConfigParser(HFConfigParser):
         if raw.get("model_type") != MODEL_TYPE:
             return super().parse(model, trust_remote_code, revision, *args, **kwargs)
         try:
-            parse_config(raw)
+            quant = parse_config(raw).quant
+            if quant is not None and quant.rules:
+                from . import quantization  # noqa: F401 - vLLM asks it which method the checkpoint is
             # vLLM hands over those of its overrides that are no dicts.
             check_rope_overrides(kwargs.get("hf_overrides"))
         except PluginError as error:
@@ -61,6 +64,7 @@ class CheckedCheckpoint(VerifyAndUpdateConfig):
             spec = spec_of(vllm_config)
             check_max_model_len(vllm_config, spec)
             share_rope_with_drafter(vllm_config)
+            check_asked(spec, vllm_config.model_config.quantization)
             check_tensor_parallel(spec, vllm_config.parallel_config.tensor_parallel_size)
             if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "hf", "safetensors"):
                 check_checkpoint(directory, spec)

@@ -17,7 +17,7 @@ def decoder_layer(
     spec: Qwen3NextSpec, vllm_config: VllmConfig, cos_sin: torch.Tensor, prefix: str, *, kind: LayerKind, dense: bool
 ) -> DecoderLayer:
     """A layer called with positions, hidden states and residual."""
-    layers = parallel_layers(vllm_config)
+    layers = parallel_layers(spec, vllm_config)
     mixer: Qwen3NextGdnLayer | Qwen3NextGatedAttention
     if kind is LayerKind.LINEAR:
         mixer = Qwen3NextGdnLayer(spec, vllm_config, layers, f"{prefix}.linear_attn")

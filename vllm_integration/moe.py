@@ -21,16 +21,18 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from qwen3next_plugin import layers_moe
+from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_integer import integer_layers
 
 fp8_block_size = partial(
     layers_moe.fp8_block_size, fp8_config=Fp8Config, is_layer_skipped=is_layer_skipped, engine="vLLM"
 )
 
 
-def parallel_layers(vllm_config: VllmConfig) -> ParallelLayers:
+def parallel_layers(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> ParallelLayers:
     """What the model is built from in this process."""
-    return ParallelLayers(
+    layers = ParallelLayers(
         rank=get_tensor_model_parallel_rank(),
         size=get_tensor_model_parallel_world_size(),
         expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
@@ -43,3 +45,4 @@ def parallel_layers(vllm_config: VllmConfig) -> ParallelLayers:
         silu_and_mul=SiluAndMul,
         all_reduce=tensor_model_parallel_all_reduce,
     )
+    return integer_layers(layers, spec)

@@ -21,6 +21,7 @@ from qwen3next_plugin.layers_base import ZeroCentredRMSNorm
 from .decoder import decoder_layer
 from .left_out import keep_accepted_tokens_of_left_out_requests
 from .loading import load_weights
+from .moe import parallel_layers
 from .spec import cos_sin_table, spec_of
 
 
@@ -32,15 +33,14 @@ class Qwen3NextPredictor(nn.Module):
         super().__init__()
         spec = spec_of(vllm_config)
         self.embed_tokens = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size)
-        self.fc = ColumnParallelLinear(
-            2 * spec.hidden_size,
-            spec.hidden_size,
-            gather_output=True,
-            bias=False,
-            return_bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.fc",
-        )
+        layers, fc = parallel_layers(spec, vllm_config), f"{prefix}.fc"
+        self.fc: nn.Module
+        if layers.integer_format(fc) is not None:
+            self.fc = layers.replicated(2 * spec.hidden_size, spec.hidden_size, **layers.options(fc))
+        else:
+            self.fc = ColumnParallelLinear(
+                2 * spec.hidden_size, spec.hidden_size, gather_output=True, **layers.options(fc)
+            )
         cos_sin, name = cos_sin_table(spec, vllm_config), f"{prefix}.layers.0"
         layer = decoder_layer(spec, vllm_config, cos_sin, name, kind=LayerKind.FULL, dense=False)
         self.layers = nn.ModuleList([layer])
@@ -62,7 +62,7 @@ class Qwen3NextPredictor(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         joined = torch.cat([self.pre_fc_norm_embedding(inputs_embeds), self.pre_fc_norm_hidden(hidden_states)], dim=-1)
-        hidden_states, residual = self.layers[0](positions, self.fc(joined), None)
+        hidden_states, residual = self.layers[0](positions, self.fc(joined)[0], None)
         hidden_states, _ = self.norm.add(hidden_states, residual)
         return hidden_states
 

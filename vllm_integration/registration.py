@@ -31,6 +31,7 @@ RELIANCES = [
             "to let the prefix cache copy states",
         ),
         ("v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder", "to be handed the accepted tokens of a step"),
+        ("model_executor.layers.quantization.register_quantization_config", "to run packed integers on our layers"),
         ("v1.attention.backends.utils.mamba_get_block_table_tensor", "to find a request's state blocks"),
     )
 ]

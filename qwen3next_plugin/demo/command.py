@@ -27,19 +27,24 @@ def demo_checkpoint(
     ] = None,
     dtype: Annotated[str, typer.Option(help="With --random: bfloat16, float16 or float32.")] = "bfloat16",
     fp8: Annotated[bool, typer.Option("--fp8", help="With --random: linear layers in FP8 blocks of 128x128.")] = False,
+    quantization: Annotated[
+        str | None, typer.Option(help="With --random: awq, gptq, gptq-int8, w4a16, w8a16, w8a8 (compressed-tensors).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and of training.")] = 0,
 ) -> None:
     """Write a small Qwen3-Next checkpoint with tokenizer, chat template and MTP layer, in the published file layout."""
     if train and random:
         raise SettingsError("--train and --random exclude each other: give one of them.")
-    if not random and (shape is not None or fp8):
-        raise SettingsError("--shape and --fp8 shape random weights: give --random with them.")
+    if not random and (shape is not None or fp8 or quantization is not None):
+        raise SettingsError("--shape, --fp8 and --quantization shape random weights: give --random with them.")
+    if fp8 and quantization not in (None, "fp8"):
+        raise SettingsError(f"--quantization is {quantization} and --fp8 says fp8: give one of them.")
     if directory.exists() and not directory.is_dir():
         raise SettingsError(f"{directory} is a file: give a directory to write the checkpoint into.")
     if random:
         from .random import write_random_checkpoint
 
-        write_random_checkpoint(directory, shape or "tiny", seed, dtype, fp8=fp8)
+        write_random_checkpoint(directory, shape or "tiny", seed, dtype, fp8=fp8, quantization=quantization)
         weights = "random weights" if any(directory.glob("*.safetensors")) else "config and tokenizer, no weights"
         print(f"{directory}: {shape or 'tiny'} ({weights}).")
     elif train:

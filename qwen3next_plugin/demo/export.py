@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.weights_layout import ba_rows, qkvz_rows
-from qwen3next_plugin.weights_map import Source, TensorMap
+from qwen3next_plugin.weights_map import TensorMap
+from qwen3next_plugin.weights_sources import Source
 
 from .random import tensor_shapes
 

@@ -19,6 +19,7 @@ from qwen3next_plugin.config import GdnSpec, LayerKind, Qwen3NextSpec, parse_con
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gemm.reference import quantize_block
 
+from .packing import packed_tensors
 from .shapes import config_of
 from .tokenizer import write_tokenizer
 
@@ -33,6 +34,7 @@ def write_random_checkpoint(
     dtype: str = "bfloat16",
     *,
     fp8: bool = False,
+    quantization: str | None = None,
     weights: bool | None = None,
     **overrides: Any,
 ) -> Path:
@@ -46,8 +48,8 @@ def write_random_checkpoint(
         shape: a key of ``shapes.SHAPES``.
         seed: of the weights.
         dtype: ``bfloat16``, ``float16`` or ``float32``; ``A_log`` and ``dt_bias`` are float32 in any case.
-        fp8: quantise linear layers in 128x128 blocks with ``weight_scale_inv`` beside, as the published FP8
-            checkpoint does.
+        fp8: short for the quantisation of the published FP8 checkpoint: 128x128 blocks, ``weight_scale_inv`` beside.
+        quantization: how linear layers are quantised, one of ``shapes.QUANTISATIONS``.
         weights: False writes config and tokenizer only; None does so for shapes over ``MAX_PARAMETERS``.
         overrides: fields of config.json to set on top of the shape.
 
@@ -55,10 +57,10 @@ def write_random_checkpoint(
         the directory.
 
     Raises:
-        SettingsError: unknown shape or dtype; ConfigError: overrides that make no model.
+        SettingsError: unknown shape, dtype or quantisation; ConfigError: overrides that make no model.
     """
     directory = Path(directory)
-    config = config_of(shape, dtype, fp8, **overrides)
+    config = config_of(shape, dtype, fp8, quantization, **overrides)
     spec = parse_config(config)
     if weights is None:
         weights = count_parameters(spec) <= MAX_PARAMETERS
@@ -140,14 +142,18 @@ def count_parameters(spec: Qwen3NextSpec) -> int:
 
 
 def random_tensors(spec: Qwen3NextSpec, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint tensors one after another, in ``spec.dtype``, or as FP8 codes and scales where ``spec.quant`` asks
-    for it."""
+    """Checkpoint tensors one after another, in ``spec.dtype``, or as codes and scales where ``spec.quant`` asks for
+    it."""
     for name, shape in tensor_shapes(spec):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         value = _draw(name, shape, generator)
+        module = name.removesuffix(".weight")
+        stored = spec.quant.integer_format(module) if spec.quant is not None and _is_linear(module) else None
         if name.endswith(("A_log", "dt_bias")):
             yield name, value
-        elif spec.quant and _is_quantised(name, spec):
+        elif stored is not None and not _left_alone(module, spec):
+            yield from packed_tensors(module, value.to(spec.dtype), stored)
+        elif spec.quant and not spec.quant.rules and _is_in_fp8(module, spec):
             codes, scale = quantize_block(value)
             yield name, codes
             yield f"{name}_scale_inv", scale
@@ -155,10 +161,18 @@ def random_tensors(spec: Qwen3NextSpec, seed: int) -> Iterator[tuple[str, Tensor
             yield name, value.to(spec.dtype)
 
 
-def _is_quantised(name: str, spec: Qwen3NextSpec) -> bool:
-    module = name.removesuffix(".weight")
+def _is_in_fp8(module: str, spec: Qwen3NextSpec) -> bool:
     linear = module.endswith(("_proj", "in_proj_qkvz"))
     return linear and spec.quant is not None and not spec.quant.is_ignored(module)
+
+
+def _is_linear(module: str) -> bool:
+    return module.endswith(("_proj", "in_proj_qkvz", "in_proj_ba", "mlp.gate", "shared_expert_gate", "lm_head", "fc"))
+
+
+def _left_alone(module: str, spec: Qwen3NextSpec) -> bool:
+    """GPTQ's tools never see the MTP layer: it stays as it is, and their config does not mention it."""
+    return spec.quant is not None and spec.quant.method == "gptq" and module.startswith("mtp.")
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -114,35 +114,92 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(shape: str, dtype: str = "bfloat16", fp8: bool = False, **overrides: Any) -> dict[str, Any]:
+QUANTISATIONS = ("fp8", "awq", "gptq", "gptq-int8", "w4a16", "w8a16", "w8a8")
+
+
+def config_of(
+    shape: str, dtype: str = "bfloat16", fp8: bool = False, quantization: str | None = None, **overrides: Any
+) -> dict[str, Any]:
     """The content of config.json for a named shape.
 
     Args:
         shape: a key of ``SHAPES``.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
-        fp8: say that linear layers are quantised in 128x128 blocks.
+        fp8: the same as the quantisation "fp8".
+        quantization: one of ``QUANTISATIONS``: FP8 in 128x128 blocks, AWQ, GPTQ in 4 or 8 bits, or compressed-tensors
+            (the last three).
         overrides: fields of config.json to set on top.
 
     Raises:
-        SettingsError: an unknown shape or dtype.
+        SettingsError: an unknown shape, dtype or quantisation.
     """
     if shape not in SHAPES:
         raise SettingsError(f"shape: {shape!r} is not known: use one of {', '.join(SHAPES)}.")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SettingsError(f"dtype: {dtype!r} cannot be written: use bfloat16, float16 or float32.")
+    quantization = "fp8" if fp8 else quantization
+    if quantization is not None and quantization not in QUANTISATIONS:
+        raise SettingsError(f"quantization: {quantization!r} is not known: use one of {', '.join(QUANTISATIONS)}.")
     config = PUBLISHED | SHAPES[shape] | {"torch_dtype": dtype} | overrides
     if config["vocab_size"] < PUBLISHED["vocab_size"]:
         # The tokenizer's three special tokens stand behind its 256 bytes: see tokenizer.byte_tokenizer.
         config |= {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": 256} | overrides
-    if fp8:
-        config["quantization_config"] = {
+    if quantization is not None:
+        config["quantization_config"] = _quantisation(quantization, config) | overrides.get("quantization_config", {})
+    return config
+
+
+def _quantisation(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """``quantization_config`` as the tools of that kind write it."""
+    # Groups have to divide every layer's input.
+    group = 128 if config["moe_intermediate_size"] % 128 == 0 else 32
+    if kind == "fp8":
+        return {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "modules_to_not_convert": _unquantised(config),
             "quant_method": "fp8",
             "weight_block_size": [128, 128],
         }
-    return config
+    if kind == "awq":
+        return {
+            "bits": 4,
+            "group_size": group,
+            "modules_to_not_convert": ["in_proj_ba", "mlp.gate", "shared_expert_gate", "mtp"],
+            "quant_method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        }
+    if kind.startswith("gptq"):
+        return {
+            "bits": 8 if kind == "gptq-int8" else 4,
+            "checkpoint_format": "gptq",
+            "desc_act": False,
+            "dynamic": {rf"-:.*{part}$": {} for part in ("in_proj_ba", r"mlp\.gate", "shared_expert_gate")},
+            "group_size": group,
+            "lm_head": False,
+            "quant_method": "gptq",
+            "sym": True,
+        }
+    weights = {"num_bits": 4 if kind == "w4a16" else 8, "type": "int", "symmetric": True, "dynamic": False}
+    weights |= {"strategy": "group", "group_size": group} if kind == "w4a16" else {"strategy": "channel"}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "config_groups": {
+            "group_0": {
+                "input_activations": activations if kind == "w8a8" else None,
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": weights,
+            }
+        },
+        "format": "int-quantized" if kind == "w8a8" else "pack-quantized",
+        # W8A16 shows what is done about a quantised head.
+        "ignore": ["lm_head"] * (kind != "w8a16") + ["re:.*shared_expert_gate$"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
 
 
 def _unquantised(config: dict[str, Any]) -> list[str]:

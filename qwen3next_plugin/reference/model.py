@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qwen3next_plugin import weights_packed
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec, load_spec
 from qwen3next_plugin.kernels.gemm.reference import dequantize_block
 from qwen3next_plugin.kernels.norm.reference import rms_norm
@@ -22,16 +23,18 @@ GATE_PARAMETERS = ("A_log", "dt_bias")  # never rounded below float32, as in the
 
 
 def prepare_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights the oracle computes with: FP8 blocks multiplied out, everything in ``dtype``, gate parameters in
+    """The weights the oracle computes with: quantised ones multiplied out, everything in ``dtype``, gate parameters in
     float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     prepared = {}
     for name, weight in weights.items():
-        if name.endswith(SCALE_SUFFIX):
+        if name.endswith((SCALE_SUFFIX, weights_packed.SCALE_SUFFIX, weights_packed.ZERO_SUFFIX)):
             continue
-        scale = weights.get(name + SCALE_SUFFIX)
+        scale, factors = weights.get(name + SCALE_SUFFIX), weights.get(name + weights_packed.SCALE_SUFFIX)
         if scale is not None:
             weight = dequantize_block(weight, scale, wide)
+        elif factors is not None:
+            weight = weights_packed.dequantize(weight, factors, weights.get(name + weights_packed.ZERO_SUFFIX), wide)
         prepared[name] = weight.to(wide if name.endswith(GATE_PARAMETERS) else dtype)
     return prepared
 

@@ -132,4 +132,9 @@ def _spec(model: Path | None) -> Qwen3NextSpec:
 def _problem(spec: Qwen3NextSpec, tp: int, ep: int, dtype: str | None) -> Problem:
     from .problem import problem_of
 
+    if dtype is None and spec.quant is not None and spec.quant.rules:
+        raise SettingsError(
+            f"--model is {spec.quant.method}, and tiles are searched for bf16 and fp8 experts only: give one of "
+            "the two as --dtype, or leave packed integers to their default tiles."
+        )
     return problem_of(spec, tp, ep, dtype or ("bf16" if spec.quant is None else "fp8"))

@@ -1,11 +1,14 @@
 """Random checkpoints in the published naming, made from a spec by a second, independent list of names and shapes."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from qwen3next_plugin.config import LayerKind, Qwen3NextSpec, parse_config
+from qwen3next_plugin.demo.random import random_tensors
+from qwen3next_plugin.demo.shapes import config_of
 from tests.configs import new_form
 
 Tensors = dict[str, torch.Tensor]
@@ -112,3 +115,17 @@ def stacked(tensors: Tensors, spec: Qwen3NextSpec) -> Tensors:
             out[f"{prefix}gate_up_proj{suffix}"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
             out[f"{prefix}down_proj{suffix}"] = torch.stack([down for _, _, down in experts])
     return out
+
+
+@lru_cache
+def _packed(kind: str) -> tuple[Qwen3NextSpec, Tensors]:
+    spec = parse_config(config_of("tiny", "float32", quantization=kind, num_experts=4))
+    return spec, dict(random_tensors(spec, 0))
+
+
+def packed_model(kind: str, **changes: Any) -> tuple[Qwen3NextSpec, Tensors]:
+    """A spec and its random checkpoint in packed integers, of one of `shapes.QUANTISATIONS`; it may be changed."""
+    if not changes:
+        return _packed(kind)[0], dict(_packed(kind)[1])
+    spec = parse_config(config_of("tiny", "float32", quantization=kind, num_experts=4, **changes))
+    return spec, dict(random_tensors(spec, 0))

@@ -89,4 +89,4 @@ def test_a_shared_expert_unlike_the_others_stays_apart(why: str) -> None:
     )
     layer = SparseMoE(spec, lent, "model.layers.0.mlp")
     assert isinstance(layer.shared_expert, GatedMLP)
-    assert layer.experts.w13.shape[0] == EXPERTS // lent.size
+    assert layer.get_parameter("experts.w13").shape[0] == EXPERTS // lent.size

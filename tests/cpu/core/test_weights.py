@@ -263,7 +263,7 @@ SPOILED: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "half in FP8": (_put("model.layers.3.self_attn.k_proj.weight", 64, 64), r"qkv_proj\.weight would be made of"),
     "other quantisation": (
         _put("model.layers.0.linear_attn.out_proj.qweight", 8, 8),
-        r"out_proj\.qweight is no tensor",
+        r"out_proj\.qweight is part of a quantised tensor, but config\.json has an fp8 quantization_config",
     ),
 }
 
@@ -288,8 +288,8 @@ def test_a_tensor_twice_is_refused() -> None:
 
 def test_quantisations_that_cannot_be_loaded_are_named() -> None:
     for quant, name, match in (
-        ({"quant_method": "awq"}, "model.layers.0.linear_attn.out_proj.qweight", "awq quantisation"),
-        ({"quant_method": "fp8"}, "model.layers.0.linear_attn.out_proj.weight_scale", "fp8 without weight_block_size"),
+        ({}, "model.layers.0.linear_attn.out_proj.qweight", "config.json has no quantization_config, which"),
+        ({"quant_method": "fp8"}, "model.layers.0.linear_attn.out_proj.weight_scale", "an fp8 quantization_config"),
         (
             {"quant_method": "fp8"},
             "model.layers.0.linear_attn.out_proj.weight_scale_inv",

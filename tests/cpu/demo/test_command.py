@@ -51,6 +51,8 @@ def test_random_weights(run: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
     assert "ratio4 (random weights)" in done.stdout
+    assert run(tmp_path / "awq", "--random", "--quantization", "awq").returncode == 0
+    assert json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,9 @@ def test_random_weights(run: Run, tmp_path: Path) -> None:
         (["--random", "--train"], "--train and --random exclude each other"),
         (["--shape", "tiny"], "give --random with them"),
         (["--fp8"], "give --random with them"),
+        (["--quantization", "awq"], "give --random with them"),
+        (["--random", "--fp8", "--quantization", "awq"], "--quantization is awq and --fp8 says fp8"),
+        (["--random", "--quantization", "q4_k"], "quantization: 'q4_k' is not known: use one of fp8, awq, gptq"),
         (["--random", "--dtype", "int8"], "dtype: 'int8' cannot be written"),
         (["--train", "--device", "tpu"], "--device: 'tpu' is not here: use cpu"),
     ],

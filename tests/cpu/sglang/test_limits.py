@@ -57,9 +57,7 @@ def test_the_rest_is_refused_with_flag_value_and_remedy(asked: dict[str, Any], r
     assert sentence.endswith("QWEN3NEXT_PLUGIN=0 to run the stock engine.")
 
 
-@pytest.mark.parametrize(
-    "quantization", [{"quant_method": "awq"}, {"quant_method": "fp8"}, FP8 | {"weight_block_size": [64, 64]}]
-)
+@pytest.mark.parametrize("quantization", [{"quant_method": "fp8"}, FP8 | {"weight_block_size": [64, 64]}])
 def test_other_quantisations_are_refused_by_name(quantization: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^quantization_config is {quantization['quant_method']}.*128, 128"):
         check(new_form(quantization_config=quantization))

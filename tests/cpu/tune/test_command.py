@@ -74,6 +74,10 @@ def test_the_shape_and_format_come_from_config_json(machines: list[FakeMachine],
     assert machines[0].problem == Problem(64, 128, 10, 2048, 512, "bf16")
     assert invoke("moe", *options, "--dtype", "fp8").exit_code == 0
     assert machines[1].problem.mode == "fp8"
+    (tmp_path / "config.json").write_text(json.dumps(config_of("80b", quantization="awq")))
+    with pytest.raises(PluginError, match=r"--model is awq, .* give one of the two as --dtype"):
+        invoke("moe", *options)
+    assert invoke("moe", *options, "--dtype", "bf16").exit_code == 0
 
 
 def test_ctrl_c_says_how_to_go_on(machines: list[FakeMachine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.utils.fp8_utils import validate_fp8_block_shape
 
+from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.errors import PluginError
 from qwen3next_plugin.layers_fp8 import Fp8Columns, Fp8Rows
 from qwen3next_plugin.layers_moe import GatedMLP
 from qwen3next_plugin.vllm_integration import moe
 from qwen3next_plugin.vllm_integration.model import Qwen3NextForCausalLM
+from tests.configs import new_form
 
 SHARED = "model.layers.3.mlp.shared_expert"
 
@@ -26,7 +28,7 @@ def parallel_layers(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, ignor
     quant = Fp8Config(True, "dynamic", ignored, [128, 128])
     quant.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
     parallel = SimpleNamespace(enable_expert_parallel=False)
-    return moe.parallel_layers(SimpleNamespace(parallel_config=parallel, quant_config=quant))
+    return moe.parallel_layers(parse_config(new_form()), SimpleNamespace(parallel_config=parallel, quant_config=quant))
 
 
 def test_vllms_own_layers_refuse_half_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
