@@ -108,7 +108,7 @@ def check_slices(path: Path, rank: int, size: int) -> Qwen3NextForCausalLM:
     for name, whole in fused.items():
         found = parameters[name].data
         if ".experts." in name:
-            expected = torch.empty_like(found)
+            expected = torch.empty_like(found[: shard.num_experts])  # the shared one lies behind, and has its own name
             shard.place(expected, whole, Placement(name))
         else:
             expected = shard_fused(name, whole, spec, rank, size).to(found.dtype)
