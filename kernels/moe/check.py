@@ -3,7 +3,7 @@
 import torch
 
 from ..gemm.formats import QUANTIZED, check_quantized, check_rounding, columns_of
-from ..gemm.reference import FP8
+from ..gemm.reference import FP8, has_row_factors
 
 MAX_EXPERTS = 1024  # the router keeps a token's whole row in registers
 
@@ -77,6 +77,11 @@ def check_fused_moe(
     else:
         _check_quantized_experts(w13, w13_scale, w13_zero, "w13")
         check_quantized(w2, w2_scale, w2_zero, _names("w2"))
+        if w13.dtype is FP8 and has_row_factors(w13, w13_scale) != has_row_factors(w2, w2_scale):
+            raise ValueError(
+                f"fused_moe: w13_scale is {list(w13_scale.shape)} and w2_scale is {list(w2_scale.shape)}; both must "
+                "hold a factor a block, or both a factor a row"
+            )
         for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
             check_rounding(bool(quantize_activations), weight, scale, _names(name)[:2])
         return

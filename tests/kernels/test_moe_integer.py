@@ -139,6 +139,14 @@ def test_fp8_with_a_factor_a_row(rounded: bool | None, dtype: torch.dtype, backe
     assert_close(actual, expected, allowed)
 
 
+def test_fp8_rows_and_blocks_do_not_mix() -> None:
+    x, router, ids = torch.randn(2, 32), torch.rand(2, 1), random_ids(2, 2, 1, "cpu")
+    q13, s13 = gemm.quantize_block(torch.randn(2, 2, 32, 32))
+    q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32), (1, 32))
+    with pytest.raises(ValueError, match=r"w13_scale is \[2, 2, 1\] and w2_scale is \[2, 32, 1\]; both must hold"):
+        moe.fused_moe(x, q13.flatten(1, 2), q2, router, ids, s13.flatten(1, 2), s2)
+
+
 def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     asked: list[int] = []
 
