@@ -125,7 +125,7 @@ def main() -> None:
     }
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+    arguments.out.write_text(json.dumps(head, indent=1)[:-2] + f',\n "drift": [\n  {lines}\n ]\n}}\n')
     for row in rows:
         print(row)
 
