@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
+
+import torch
 
 from .config import MODEL_TYPES, Qwen3NextSpec, parse_config
 from .errors import ConfigError
@@ -19,6 +21,28 @@ _SAME = {
     "gptq": ("gptq", "gptq_marlin", "auto_gptq", "moe_wna16"),
     "compressed-tensors": ("compressed-tensors", "compressed_tensors", "w8a8_int8"),
 }
+
+
+class ConcernsNoLayer:
+    """What both engines ask of a quantisation, for one that leaves all of their layers unquantised."""
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return MIN_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls()
 
 
 def is_ours(config: Mapping[str, Any], asked: str | None) -> bool:

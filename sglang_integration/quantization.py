@@ -7,36 +7,16 @@ layers; `qwen3next_plugin.layers_integer` brings the quantised ones.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-from qwen3next_plugin.quantization import MIN_CAPABILITY, NAME
+from qwen3next_plugin.quantization import NAME, ConcernsNoLayer
 
 
-class PackedIntegers(QuantizationConfig):
+class PackedIntegers(ConcernsNoLayer, QuantizationConfig):
     """What SGLang asks of a quantisation, for one that concerns none of its layers."""
-
-    def get_name(self) -> str:
-        return NAME
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> PackedIntegers:
-        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -1,6 +1,9 @@
 """What every test leans on: poisoned memory, one error measure, and an environment for engine processes."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
@@ -53,3 +56,17 @@ def engine_environment(**extra: str) -> dict[str, str]:
     """A copy of os.environ for an engine process: without what steers the tests (TRITON_INTERPRET first of all)."""
     environment = {name: value for name, value in os.environ.items() if name not in TEST_ONLY_VARIABLES}
     return environment | extra
+
+
+def output_of(module: str, *arguments: str, **extra: str) -> list[str]:
+    """The lines that ``python -m module`` prints in an engine's environment; such scripts compile kernels for GPUs."""
+    run = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).resolve().parents[1],
+        env=engine_environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.splitlines()

@@ -14,30 +14,12 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from qwen3next_plugin.quantization import MIN_CAPABILITY, NAME, is_ours
+from qwen3next_plugin.quantization import NAME, ConcernsNoLayer, is_ours
 
 
 @register_quantization_config(NAME)
-class PackedIntegers(QuantizationConfig):
+class PackedIntegers(ConcernsNoLayer, QuantizationConfig):
     """What vLLM asks of a quantisation, for one that concerns none of its layers."""
-
-    def get_name(self) -> str:
-        return NAME
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> PackedIntegers:
-        return cls()
 
     @classmethod
     def override_quantization_method(

@@ -1,11 +1,9 @@
 """The kernels compile for a GPU, which the interpreter cannot tell."""
 
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
-from tests.helpers import engine_environment
+from tests.helpers import output_of
 
 KERNELS = (
     "_prefill_kernel",
@@ -22,16 +20,7 @@ SHARED_MEMORY = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}  # bytes a block may 
 
 
 def test_every_kernel_compiles_for_an_h200_and_an_a100(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_gpu"],
-        cwd=Path(__file__).resolve().parents[2],
-        env=engine_environment(TRITON_CACHE_DIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    compiled = [line.split()[:5] for line in run.stdout.splitlines()]
+    compiled = [line.split()[:5] for line in output_of("tests.kernels.compile_for_gpu", TRITON_CACHE_DIR=str(tmp_path))]
     assert {(name, target) for name, target, *_ in compiled} == set(product(KERNELS, SHARED_MEMORY))
     for name, target, shared, registers, stack in compiled:
         if name in DRAFTS:

@@ -1,13 +1,10 @@
 """INT4, INT8 and row-scaled FP8 products compile for GPUs, fit their shared memory, and keep to their registers."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.helpers import engine_environment
+from tests.helpers import output_of
 
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a program may use on compute capability 8.6 and 8.9
 FORMATS = {"int4", "int4 zeros", "int8", "int8 activations", "fp8 rows"}
@@ -16,16 +13,7 @@ A_FEW = 128  # bytes a thread may spill in tiles of many rows, where they are hi
 
 @pytest.mark.parametrize("capability", [90, 80])
 def test_every_format_compiles_and_fits(capability: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_integer", str(capability)],
-        cwd=Path(__file__).resolve().parents[2],
-        env=engine_environment(),
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(output_of("tests.kernels.compile_integer", str(capability))[-1])
     assert {row[1] for row in found if row[0] == "_grouped_kernel"} == FORMATS
     assert {row[1] for row in found if row[0] == "_quantized_matmul_kernel"} == FORMATS - {"fp8 rows"}
     for row in found:

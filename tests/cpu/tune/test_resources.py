@@ -1,8 +1,6 @@
 """The estimate of shared memory against what the compiler says."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,22 +8,13 @@ from qwen3next_plugin.kernels.gpus import KNOWN
 from qwen3next_plugin.kernels.moe.config import Tile
 from qwen3next_plugin.tune.model import shared_memory
 from qwen3next_plugin.tune.problem import Problem
-from tests.helpers import engine_environment
+from tests.helpers import output_of
 
 GPUS = {80: KNOWN["a100"], 89: KNOWN["rtx-4090"], 90: KNOWN["h200"], 100: KNOWN["b200"]}
 
 
 def test_shared_memory_is_never_underestimated_and_hardly_over(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.moe_config_compile"],
-        cwd=Path(__file__).resolve().parents[3],
-        env=engine_environment(TRITON_CACHE_DIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    compiled = json.loads(run.stdout.splitlines()[-1])
+    compiled = json.loads(output_of("tests.kernels.moe_config_compile", TRITON_CACHE_DIR=str(tmp_path))[-1])
     assert len(compiled) == 2 * 2 * (2 + 2 + 2)
     for mode, activation_bytes, block_m, product, sizes, capability, taken in compiled:
         gpu = replace(GPUS[capability], capability=divmod(capability, 10))
