@@ -96,8 +96,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], weights and ids [T, choices] -> this rank's part of the weighted sum [T, H]."""
-        if not self.num_shared:
-            ids = self.shard.local_ids(ids)
+        ids = self.shard.local_ids(ids)
         scales = (self.w13_scale_inv, self.w2_scale_inv)
         return fused_moe(hidden_states, self.w13, self.w2, weights, ids, *scales, num_shared=self.num_shared)
 

@@ -136,9 +136,9 @@ def _down_kernel(
 
 def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activations: bool) -> bool:
     """Whether weights of this format can go the short way: as they are, or FP8 in blocks."""
-    if quantize_activations or w13_scale is None:
-        return not quantize_activations
-    return w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
+    if quantize_activations:
+        return False
+    return w13_scale is None or (w13.dtype is FP8 and not has_row_factors(w13, w13_scale))
 
 
 def fused_moe_few(
