@@ -8,7 +8,12 @@ from ..ranges import BLOCK_ROWS, covered
 from .reference import Gates
 from .triton_formula import EPSILON, advance, as_stored, decay_of
 
-ELEMENTS_A_WARP = 1024  # of a head's state: 32 float32 registers a thread; at 64 a thread takes 214 in all
+# A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor and one
+# computes while others wait for memory; of a few rows each has a multiprocessor to itself and takes its state at once.
+MANY_PROGRAMS = 256
+TILE = 4096  # elements of a state that a program of many holds at a time, 32 float32 registers a thread
+WARPS = 4
+ELEMENTS_A_WARP = 1024
 MAX_WARPS = 16
 
 
@@ -105,6 +110,7 @@ def _gdn_decode_kernel(
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr,
@@ -118,24 +124,25 @@ def _gdn_decode_kernel(
     slot = tl.load(slots + place * slots_stride, mask=place < num_rows, other=-1).to(tl.int64)
     live = (slot >= 0) & (end > start)
     k_index = tl.arange(0, BLOCK_K)
-    v_index = tl.arange(0, BLOCK_V)
+    v_all = tl.arange(0, V_BLOCKS)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     k_mask = k_index < KEY_DIM
-    v_mask = v_index < VALUE_DIM
+    in_head = v_all < VALUE_DIM
 
     # Row n has token n as a rule; every other token looks for its row, and has zeros if there is none.
     alone = (place < num_tokens) & ((start != place) | (live == 0))
     if alone:
         token = place + tl.arange(0, 1)
         if tl.max(covered(token, query_start, query_end, 1, slots, slots_stride, num_rows, BLOCK_ROWS), 0) == 0:
-            zeros = tl.zeros((BLOCK_V,), tl.float32).to(out.dtype.element_ty)
+            zeros = tl.zeros((V_BLOCKS, BLOCK_V), tl.float32).to(out.dtype.element_ty)
             for head in range(first_head, first_head + GROUP):
-                tl.store(out + place * out_token + head * out_head + v_index * out_v, zeros, mask=v_mask)
+                tl.store(out + place * out_token + head * out_head + v_all * out_v, zeros, mask=in_head)
     if live == 0:
         return
 
-    # The largest read by far is asked for first, and the next head's as soon as its registers are free.
-    tile = v_mask[:, None] & k_mask[None, :]
-    state_at = state + slot * state_slot + v_index[:, None] * state_v + k_index[None, :] * state_k
+    # The largest read by far is asked for first, and the next tile as soon as its registers are free.
+    rows_of_tile = tl.arange(0, BLOCK_V)
+    tile = (rows_of_tile < VALUE_DIM)[:, None] & k_mask[None, :]
+    state_at = state + slot * state_slot + rows_of_tile[:, None] * state_v + k_index[None, :] * state_k
     s = tl.load(state_at + first_head * state_head, mask=tile, other=0.0).to(tl.float32)
     snapshot = tl.load(snapshot_slots + place).to(tl.int64) if HAS_SNAPSHOT else slot
     x = qkv + start * qkv_token
@@ -178,45 +185,54 @@ def _gdn_decode_kernel(
     )
     q = q * (scale / tl.sqrt(tl.sum(q * q, 0) + EPSILON))
     k = k / tl.sqrt(tl.sum(k * k, 0) + EPSILON)
-    norm = tl.load(norm_weight + v_index, mask=v_mask, other=0.0).to(tl.float32)
+    norm = tl.load(norm_weight + v_all, mask=in_head, other=0.0).to(tl.float32)
 
     for group in range(GROUP):
         head = first_head + group
-        v = _advance_window(
-            x,
-            qkv_column,
-            conv_weight,
-            weight_channel,
-            weight_tap,
-            windows,
-            window_slot,
-            window_channel,
-            window_column,
-            slot,
-            snapshot,
-            2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index,
-            v_mask,
-            WIDTH,
-            BLOCK_W,
-            HAS_SNAPSHOT,
-        )
         log_rate, bias = tl.load(A_log + head).to(tl.float32), tl.load(dt_bias + head).to(tl.float32)
         decay = decay_of(tl.load(a + start * a_token + head * a_head).to(tl.float32), log_rate, bias)
         beta = tl.sigmoid(tl.load(b + start * b_token + head * b_head).to(tl.float32))
-        gate = tl.load(z + start * z_token + head * z_head + v_index * z_v, mask=v_mask, other=0.0).to(tl.float32)
+        gate_at = z + start * z_token + head * z_head + v_all * z_v
+        gate = tl.load(gate_at, mask=in_head, other=0.0).to(tl.float32)
+        o_all = tl.zeros((V_BLOCKS, BLOCK_V), tl.float32)
+        for block in range(V_BLOCKS):
+            v_index = block * BLOCK_V + rows_of_tile
+            v_mask = v_index < VALUE_DIM
+            v = _advance_window(
+                x,
+                qkv_column,
+                conv_weight,
+                weight_channel,
+                weight_tap,
+                windows,
+                window_slot,
+                window_channel,
+                window_column,
+                slot,
+                snapshot,
+                2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index,
+                v_mask,
+                WIDTH,
+                BLOCK_W,
+                HAS_SNAPSHOT,
+            )
+            s, _, o = advance(s, q, k, v, decay, beta)
+            # Each address anew from the numbers of its tile: one carried along would lose what is known of its alignment.
+            target = state_at + (head * state_head + block * BLOCK_V * state_v)
+            tl.store(target, as_stored(s, state), mask=v_mask[:, None] & k_mask[None, :])
+            if HAS_SNAPSHOT:
+                kept = (v_index < tl.where(snapshot >= 0, VALUE_DIM, 0))[:, None] & k_mask[None, :]
+                tl.store(target + (snapshot - slot) * state_slot, as_stored(s, state), mask=kept)
+            done = group * V_BLOCKS + block + 1
+            next_head, next_row = first_head + done // V_BLOCKS, (done % V_BLOCKS) * BLOCK_V
+            end_row = tl.where(done < GROUP * V_BLOCKS, VALUE_DIM, 0)
+            more = (next_row + rows_of_tile < end_row)[:, None] & k_mask[None, :]
+            s = tl.load(state_at + (next_head * state_head + next_row * state_v), mask=more, other=0.0).to(tl.float32)
+            o_all = tl.where((tl.arange(0, V_BLOCKS) == block)[:, None], o[None, :], o_all)
 
-        s, _, o = advance(s, q, k, v, decay, beta)
-        target = state_at + head * state_head
-        tl.store(target, as_stored(s, state), mask=tile)
-        if HAS_SNAPSHOT:
-            kept = (v_index < tl.where(snapshot >= 0, VALUE_DIM, 0))[:, None] & k_mask[None, :]
-            tl.store(target + (snapshot - slot) * state_slot, as_stored(s, state), mask=kept)
-        more = (v_index < tl.where(head + 1 < first_head + GROUP, VALUE_DIM, 0))[:, None] & k_mask[None, :]
-        s = tl.load(target + state_head, mask=more, other=0.0).to(tl.float32)
-
-        y = o * tl.rsqrt(tl.sum(o * o, 0) / VALUE_DIM + norm_eps) * norm * gate * tl.sigmoid(gate)
-        out_at = out + start * out_token + head * out_head + v_index * out_v
-        tl.store(out_at, y.to(out.dtype.element_ty), mask=v_mask)
+        root = tl.rsqrt(tl.sum(tl.sum(o_all * o_all, 1), 0) / VALUE_DIM + norm_eps)
+        y = o_all * root * norm * gate * tl.sigmoid(gate)
+        tl.store(out + start * out_token + head * out_head + v_all * out_v, y.to(out.dtype.element_ty), mask=in_head)
 
 
 def gdn_decode_fused(
@@ -237,14 +253,19 @@ def gdn_decode_fused(
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.gdn.gdn_decode_fused`; arguments are checked there.
 
-    A program holds one head's state in registers from its only read to its last write, and goes through the value heads
-    of one key head of one row: the q and k windows that these share are read once, and moved by who read them.
+    A program holds a tile of a head's state in registers from its only read to its last write, and goes through the
+    value heads of one key head of one row: the q and k windows that these share are read once, and moved by who read
+    them. The outputs stay in registers for the norm.
     """
     a, b, A_log, dt_bias = gates
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
-    _gdn_decode_kernel[(max(rows, tokens) * num_k_heads,)](
+    programs = max(rows, tokens) * num_k_heads
+    num_warps = min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP))
+    if programs >= MANY_PROGRAMS and block_k * block_v > TILE:
+        block_v, num_warps = max(1, TILE // block_k), WARPS
+    _gdn_decode_kernel[(programs,)](
         mixed_qkv,
         z,
         a,
@@ -280,8 +301,9 @@ def gdn_decode_fused(
         WIDTH=width,
         BLOCK_K=block_k,
         BLOCK_V=block_v,
+        V_BLOCKS=triton.next_power_of_2(triton.cdiv(value_dim, block_v)),
         BLOCK_W=triton.next_power_of_2(width),
         BLOCK_ROWS=BLOCK_ROWS,
         HAS_SNAPSHOT=snapshot_slots is not None,
-        num_warps=min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP)),
+        num_warps=num_warps,
     )

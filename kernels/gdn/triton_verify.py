@@ -9,8 +9,8 @@ from .records import DraftRecords
 from .reference import Gates
 from .triton_formula import EPSILON, advance, decay_of
 
-MAX_BLOCK_V = 32
-NUM_WARPS = 4
+MAX_BLOCK_V = 64
+NUM_WARPS = 8
 
 
 @triton.jit

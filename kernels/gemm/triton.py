@@ -8,6 +8,10 @@ from ..dispatch import interpreting
 from .policy import require_fp8_units, weight_codes
 from .reference import FP8, FP8_MAX, GROUP, block_size
 
+# Rows that one program rounds: one where there are few of them, and enough to keep a memory busy where there are many.
+_ROWS_APART = 64
+_ROWS_TOGETHER = 32
+
 
 @triton.jit
 def decode_e4m3(codes):
@@ -20,6 +24,15 @@ def decode_e4m3(codes):
     signed = codes.to(tl.int8, bitcast=True).to(tl.int32)  # the sign fills what lies above exponent and mantissa
     value = ((signed << 20) & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
     return tl.where(tl.abs(value) == 480.0, float("nan"), value)  # what NaN's bits would stand for
+
+
+@triton.jit
+def _w_factor(pointers, mask, ONE_FACTOR: tl.constexpr):
+    """The factor of a tile's weights, or those of its columns as a row."""
+    if ONE_FACTOR:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)[None, :]
 
 
 @triton.jit
@@ -42,15 +55,17 @@ def scaled_product(
     W_FP8: tl.constexpr,
     A_FP8: tl.constexpr,
     UPCAST: tl.constexpr,
+    ONE_FACTOR: tl.constexpr,
 ):
     """One tile of a @ w.T, accumulated in float32, and (DUAL) a second one with other rows of w, reading `a` once.
 
     a_ptrs [BLOCK_M, BLOCK_K] and w_ptrs [BLOCK_K, BLOCK_N] point at the first BLOCK_K columns, whose stride is 1; the
     second tile's weights and scales lie `second_offset` and `second_scale_offset` further on. FP8 weights carry a
-    factor every SCALE_K columns (w_scale_ptrs [BLOCK_N]), FP8 activations one every GROUP_K (a_scale_ptrs [BLOCK_M]);
-    BLOCK_K divides both, so a factor is constant over a step and is applied to the float32 partial sum. With FP8
-    weights, which may come as bytes, and wider activations the weights are widened to the activations' type, which is
-    exact. UPCAST multiplies in float32, for the interpreter, which cannot do arithmetic in bf16.
+    factor every SCALE_K columns (w_scale_ptrs [BLOCK_N], or ONE_FACTOR: a single pointer, for a tile within one
+    block), FP8 activations one every GROUP_K (a_scale_ptrs [BLOCK_M]); BLOCK_K divides both, so a factor is constant
+    over a step and is applied to the float32 partial sum. With FP8 weights, which may come as bytes, and wider
+    activations the weights are widened to the activations' type, which is exact. UPCAST multiplies in float32, for the
+    interpreter, which cannot do arithmetic in bf16.
     """
     ks = tl.arange(0, BLOCK_K)
     first = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -72,16 +87,15 @@ def scaled_product(
             if DUAL:
                 w2 = w2.to(a.dtype)
         if W_FP8:
-            factor = tl.load(w_scale_ptrs + k // SCALE_K, mask=w_mask, other=0.0)[None, :]
-            if A_FP8:
-                a_factor = tl.load(a_scale_ptrs + k // GROUP_K, mask=a_mask, other=0.0)[:, None]
-                factor = factor * a_factor
-            first += tl.dot(a, w, input_precision="ieee") * factor
+            # One factor a row of the tile is one operation an element; the tensor cores leave time for hardly more.
+            a_factor = tl.load(a_scale_ptrs + k // GROUP_K, mask=a_mask, other=0.0)[:, None] if A_FP8 else 1.0
+            first += tl.dot(a, w, input_precision="ieee") * (
+                a_factor * _w_factor(w_scale_ptrs + k // SCALE_K, w_mask, ONE_FACTOR)
+            )
             if DUAL:
-                factor = tl.load(w_scale_ptrs + second_scale_offset + k // SCALE_K, mask=w_mask, other=0.0)[None, :]
-                if A_FP8:
-                    factor = factor * a_factor
-                second += tl.dot(a, w2, input_precision="ieee") * factor
+                second += tl.dot(a, w2, input_precision="ieee") * (
+                    a_factor * _w_factor(w_scale_ptrs + second_scale_offset + k // SCALE_K, w_mask, ONE_FACTOR)
+                )
         else:
             first = tl.dot(a, w, first, input_precision="ieee")
             if DUAL:
@@ -106,25 +120,27 @@ def _quantize_tokens_kernel(
     x_ptr,
     codes_ptr,
     scale_ptr,
+    M,
     K,
     num_groups,
     x_stride,
     FP8_MAX: tl.constexpr,
     GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     cols = group * GROUP + tl.arange(0, GROUP)
-    mask = cols < K
-    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), axis=0)
+    mask = (rows < M)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    peak = tl.max(tl.abs(x), axis=1)
     scale = tl.where(peak > 0, peak / FP8_MAX, 1.0)
-    values = tl.minimum(tl.maximum(x / scale, -FP8_MAX), FP8_MAX)
+    values = tl.minimum(tl.maximum(x / scale[:, None], -FP8_MAX), FP8_MAX)
     if INTERPRETED:
         values = _round_to_e4m3(values)
-    tl.store(codes_ptr + row * K + cols, values.to(codes_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + row * num_groups + group, scale)
+    tl.store(codes_ptr + rows[:, None] * K + cols[None, :], values.to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + rows * num_groups + group, scale, mask=rows < M)
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,17 +152,20 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
     if codes.numel():
         require_fp8_units(x.device)
-        _quantize_tokens_kernel[(rows, groups)](
+        tile = 1 if rows <= _ROWS_APART else _ROWS_TOGETHER
+        _quantize_tokens_kernel[(triton.cdiv(rows, tile), groups)](
             x,
             codes,
             scale,
+            rows,
             cols,
             groups,
             x.stride(0),
             FP8_MAX=FP8_MAX,
             GROUP=GROUP,
+            ROWS=tile,
             INTERPRETED=interpreting() and not x.is_cuda,
-            num_warps=1,
+            num_warps=1 if tile == 1 else 4,
         )
     return codes, scale
 
@@ -173,6 +192,7 @@ def _block_fp8_matmul_kernel(
     SCALE_K: tl.constexpr,
     A_FP8: tl.constexpr,
     UPCAST: tl.constexpr,
+    ONE_FACTOR: tl.constexpr,
 ):
     # row tiles vary fastest: programs running together share a column tile of the weights
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -184,7 +204,7 @@ def _block_fp8_matmul_kernel(
         x_scale_ptr + rows * x_scale_stride,
         w_ptr + cols[None, :] * w_stride + ks[:, None],
         cols < N,
-        w_scale_ptr + (cols // SCALE_N) * w_scale_stride,
+        w_scale_ptr + ((tl.program_id(1) * BLOCK_N if ONE_FACTOR else cols) // SCALE_N) * w_scale_stride,
         0,
         0,
         K,
@@ -197,6 +217,7 @@ def _block_fp8_matmul_kernel(
         True,
         A_FP8,
         UPCAST,
+        ONE_FACTOR,
     )
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -242,6 +263,7 @@ def block_fp8_matmul(
         SCALE_K=scale_k,
         A_FP8=quantize_activations,
         UPCAST=upcast,
+        ONE_FACTOR=scale_n % 64 == 0,
         num_warps=4,
         num_stages=4,
     )

@@ -1,10 +1,11 @@
 """Sorting pairs by expert."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3next_plugin.kernels.moe.triton.align import align, max_tiles
+from qwen3next_plugin.kernels.moe.triton.align import _MANY, align, max_tiles
 
 
 @given(data=st.data())
@@ -35,13 +36,22 @@ def test_pairs_are_sorted_into_tiles_of_one_expert(data: st.DataObject, device: 
     assert used == sorted(used, reverse=True)  # unused tiles come last
 
 
-def test_more_pairs_than_one_scan(device: str) -> None:
-    ids = torch.randint(0, 3, (1200, 2), dtype=torch.int32, device=device)
-    tiles = align(ids, 3, 16)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "block"), [(1200, 3, 16), (_MANY // 2, 3, 16), (2500, 40, 64), (_MANY, 513, 128)]
+)
+def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device: str) -> None:
+    """One scan after another, and from `_MANY` pairs on chunks; some pairs have no expert here, and some experts none."""
+    ids = torch.randint(-1, experts + 1, (tokens, 2), dtype=torch.int32, device=device)
+    ids[ids == experts // 2] = 0
+    tiles = align(ids, experts, block)
     flat = ids.flatten().cpu()
-    real = tiles.pairs[: int((tiles.experts >= 0).sum()) * 16].cpu()
-    expected = torch.cat([(flat == expert).nonzero().flatten() for expert in range(3)])
-    assert torch.equal(real[real < flat.numel()].long(), expected)
+    placed = tiles.pairs.view(-1, block)[tiles.experts >= 0].cpu()
+    of_expert = [(flat == expert).nonzero().flatten() for expert in range(experts)]
+    assert tiles.experts[tiles.experts >= 0].tolist() == [
+        expert for expert in range(experts) for _ in range(-(-len(of_expert[expert]) // block))
+    ]
+    assert torch.equal(placed[placed < flat.numel()].long(), torch.cat(of_expert))
+    assert bool((placed.sort(dim=1).values == placed).all()), "padding comes last in a tile"
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8), block=st.sampled_from([1, 16, 64]))

@@ -1,7 +1,9 @@
 """Sorting (token, expert) pairs by expert on the GPU: no host sync, no atomics, a grid known from the shapes alone.
 
 The pairs of one expert are laid out in tiles of BLOCK_M, the last one padded, so that a tile of the grouped product
-meets one expert's weights only. Every expert is one program, which scans all the ids twice: to count, then to place.
+meets one expert's weights only. Of a few pairs every expert is one program, which scans all the ids twice: to count,
+then to place. Many pairs are counted in chunks, and placed by how many of their expert came before them: in the chunk,
+in the chunks before it, and in all experts before theirs.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import triton
 import triton.language as tl
 
 _SCAN = 1024  # ids a program looks at a time
+_CHUNK = 256  # pairs that are compared with each other where there are many
+_MANY = 16 * _CHUNK  # pairs, from which on chunks are quicker than scans by every expert
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,16 @@ def _place_kernel(
     counts_ptr,
     pairs_ptr,
     experts_ptr,
+    starts_ptr,
     num_pairs,
     num_experts,
     num_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SCAN: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
+    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin."""
     expert = tl.program_id(0)
     others = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + others, mask=others < num_experts, other=0)
@@ -76,12 +83,65 @@ def _place_kernel(
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
     tl.store(pairs_ptr + position + my_pairs + padding, num_pairs, mask=padding < unused)
-    for begin in range(0, num_pairs, SCAN):
-        ids = tl.load(ids_ptr + begin + lanes, mask=begin + lanes < num_pairs, other=-1)
-        mine = ids == expert
-        order = tl.cumsum(mine.to(tl.int32), axis=0)
-        tl.store(pairs_ptr + position + order - 1, begin + lanes, mask=mine)
-        position += tl.sum(mine.to(tl.int32), axis=0)
+    if PLACE:
+        for begin in range(0, num_pairs, SCAN):
+            ids = tl.load(ids_ptr + begin + lanes, mask=begin + lanes < num_pairs, other=-1)
+            mine = ids == expert
+            order = tl.cumsum(mine.to(tl.int32), axis=0)
+            tl.store(pairs_ptr + position + order - 1, begin + lanes, mask=mine)
+            position += tl.sum(mine.to(tl.int32), axis=0)
+    else:
+        tl.store(starts_ptr + expert, position)
+
+
+@triton.jit
+def _chunk_count_kernel(
+    ids_ptr, counts_ptr, ranks_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """counts[chunk, e]: pairs of each expert in a chunk; ranks[pair]: how many of its expert are before it there."""
+    chunk = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + chunk * num_experts + experts, 0, mask=experts < num_experts)
+    lanes = tl.arange(0, CHUNK)
+    pairs = chunk * CHUNK + lanes
+    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    same = ids[:, None] == ids[None, :]
+    ranks = tl.sum((same & (lanes[None, :] < lanes[:, None])).to(tl.int32), axis=1)
+    later = tl.sum((same & (lanes[None, :] > lanes[:, None])).to(tl.int32), axis=1)
+    tl.store(ranks_ptr + pairs, ranks, mask=pairs < num_pairs)
+    tl.debug_barrier()  # the zeros are written
+    last = (later == 0) & (ids >= 0) & (ids < num_experts)
+    tl.store(counts_ptr + chunk * num_experts + ids, ranks + 1, mask=last)
+
+
+@triton.jit
+def _running_count_kernel(
+    counts_ptr, totals_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Each chunk's counts become those of the chunks before it; totals [E]: those of all chunks."""
+    experts = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], dtype=tl.int32)
+    for begin in range(0, num_chunks, CHUNKS):
+        chunks = begin + tl.arange(0, CHUNKS)
+        inside = (chunks < num_chunks)[:, None] & (experts < num_experts)[None, :]
+        places = counts_ptr + chunks.to(tl.int64)[:, None] * num_experts + experts[None, :]
+        counts = tl.load(places, mask=inside, other=0)
+        tl.store(places, total[None, :] + tl.cumsum(counts, axis=0) - counts, mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + experts, total, mask=experts < num_experts)
+
+
+@triton.jit
+def _chunk_place_kernel(
+    ids_ptr, ranks_ptr, before_ptr, starts_ptr, pairs_ptr, num_pairs, num_experts, CHUNK: tl.constexpr
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    held = (ids >= 0) & (ids < num_experts)
+    place = tl.load(starts_ptr + ids, mask=held, other=0) + tl.load(ranks_ptr + pairs, mask=held, other=0)
+    place += tl.load(before_ptr + chunk * num_experts + ids, mask=held, other=0)
+    tl.store(pairs_ptr + place, pairs.to(tl.int32), mask=held)
 
 
 def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
@@ -93,18 +153,37 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
     pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
     scan = min(_SCAN, max(16, triton.next_power_of_2(num_pairs)))
-    _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)
+    block_e, many, chunks = triton.next_power_of_2(num_experts), num_pairs >= _MANY, triton.cdiv(num_pairs, _CHUNK)
+    starts = before = ranks = counts
+    if many:
+        starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
+        before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
+        ranks = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
+        _chunk_count_kernel[(chunks,)](
+            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=8
+        )
+        _running_count_kernel[(triton.cdiv(num_experts, 8),)](
+            before, counts, chunks, num_experts, CHUNKS=128, EXPERTS=8, num_warps=4
+        )
+    else:
+        _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)
     _place_kernel[(num_experts,)](
         ids,
         counts,
         pairs,
         experts,
+        starts,
         num_pairs,
         num_experts,
         num_tiles,
         BLOCK_M=block_m,
-        BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_E=block_e,
         SCAN=scan,
+        PLACE=not many,
         num_warps=4,
     )
+    if many:
+        _chunk_place_kernel[(chunks,)](
+            ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
+        )
     return Tiles(pairs, experts, block_m)

@@ -55,6 +55,7 @@ def _grouped_kernel(
     HAS_ZERO: tl.constexpr,
     A_INT8: tl.constexpr,
     UPCAST: tl.constexpr,
+    ONE_FACTOR: tl.constexpr,
 ):
     """out[p, n] = a[p // PAIRS_PER_ROW] . w[expert of p, n], or (SWIGLU) silu of it times the second product.
 
@@ -72,7 +73,8 @@ def _grouped_kernel(
         a_ptrs = a_ptr + rows[:, None] * a_stride + ks[None, :]
         a_scale_ptrs = a_scale_ptr + rows * a_scale_stride
         w_rows = expert * w_stride_e + cols.to(tl.int64) * w_stride_n
-        factors = expert * w_scale_stride_e + (cols // SCALE_N) * w_scale_stride_n
+        scaled = tl.program_id(0) * BLOCK_N if ONE_FACTOR else cols
+        factors = expert * w_scale_stride_e + (scaled // SCALE_N) * w_scale_stride_n
         if PACK == 0:
             first, second = scaled_product(
                 a_ptrs,
@@ -93,6 +95,7 @@ def _grouped_kernel(
                 W_FP8,
                 A_FP8,
                 UPCAST,
+                ONE_FACTOR,
             )
         else:
             first, second = integer_product(
@@ -216,6 +219,7 @@ def _grouped(
         HAS_ZERO=zero is not None,
         A_INT8=quantize and not fp8,
         UPCAST=upcast,
+        ONE_FACTOR=fp8 and scale_n % block_n == 0,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

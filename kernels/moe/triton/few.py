@@ -13,8 +13,8 @@ from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, GROUP, block_size, has_row_factors
 from ...gemm.triton import decode_e4m3
 
-MAX_TOKENS = 16
-_ROWS = 8  # of a weight matrix in one program: at one token, 700 programs for gate and up, 256 for down
+MAX_TOKENS = 8
+_ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
 _DEPTH = 512  # columns of them loaded at once by gate and up
 _LANES = 2048  # columns of several choices' down matrices loaded at once
 

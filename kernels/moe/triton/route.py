@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+_TAKEN = tl.constexpr(-(2**63))
+
 
 @triton.jit
 def _route_kernel(
@@ -28,18 +30,23 @@ def _route_kernel(
     places = tl.arange(0, BLOCK_K)
     inside = experts < num_experts
     logits = tl.load(logits_ptr + token * stride + experts, mask=inside, other=float("-inf")).to(tl.float32)
-    exponentials = tl.exp(logits - tl.max(logits, axis=0))
-    probabilities = exponentials / tl.sum(exponentials, axis=0)
-    rank = tl.where(logits == logits, logits, float("-inf"))  # NaN ranks last, and can never yield an id outside [0, E)
+    largest = tl.max(logits, axis=0)
+    total = tl.sum(tl.exp(logits - largest), axis=0)
+    # One number an expert that sorts by logit and then by lower index, so that a choice is a single maximum. Integers
+    # sort like the floats whose bits they are once negative ones are turned round; -0 becomes 0.
+    ranked = tl.where(logits == logits, logits + 0.0, float("-inf"))  # NaN never yields an id outside [0, E)
+    bits = ranked.to(tl.int32, bitcast=True)
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (BLOCK_E - 1 - experts)
+    keys = tl.where(inside, keys, _TAKEN)
     weights = tl.zeros([BLOCK_K], dtype=tl.float32)
     ids = tl.zeros([BLOCK_K], dtype=tl.int32)
     for place in range(TOP_K):
-        best = tl.max(tl.where(inside, rank, float("-inf")), axis=0)
-        expert = tl.min(tl.where(inside & (rank == best), experts, BLOCK_E), axis=0)
-        taken = experts == expert
-        weights = tl.where(places == place, tl.sum(tl.where(taken, probabilities, 0.0), axis=0), weights)
-        ids = tl.where(places == place, expert, ids)
-        inside = inside & (experts != expert)
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, _TAKEN, keys)
+        bits = (best >> 32).to(tl.int32)
+        logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        weights = tl.where(places == place, tl.exp(logit - largest) / total, weights)
+        ids = tl.where(places == place, BLOCK_E - 1 - (best & 0x7FFFFFFF).to(tl.int32), ids)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
     if SHARED:
@@ -89,7 +96,7 @@ def route(
             BLOCK_E=block,
             BLOCK_K=triton.next_power_of_2(top_k + shared),
             BLOCK_H=triton.next_power_of_2(x.shape[1]),
-            num_warps=1 if block <= 128 else 4,
+            num_warps=1,  # so that no maximum waits for other warps
         )
     return weights, ids
 
