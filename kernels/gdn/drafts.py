@@ -112,7 +112,7 @@ def gdn_commit(
         state_slots: ``[N]`` integers, any stride; a row with a negative one is skipped, and so is row n >= R. No two
             rows share a slot.
         last_tokens: ``[N]`` integers: the row's last accepted token, counted from 0. A row with a negative one is
-            skipped.
+            skipped; a row that had no tokens in that verification must have one, since its record is another's.
         snapshot_slots, snapshot_tokens: ``[N]`` integers, both or neither: both states as they are after that token go
             to that slot too, where neither is negative and the token is not behind the last accepted one. No row may
             read or write a slot given here.

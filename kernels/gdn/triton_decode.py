@@ -6,13 +6,14 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, covered
 from .reference import Gates
-from .triton_formula import EPSILON, advance, as_stored, decay_of
+from .triton_formula import EPSILON, advance_once, as_stored, decay_of
 
-# A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor and one
-# computes while others wait for memory; of a few rows each has a multiprocessor to itself and takes its state at once.
+# A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor and
+# one computes while others wait for memory; of a few rows each has a multiprocessor to itself and takes a state whole.
 MANY_PROGRAMS = 256
-TILE = 4096  # elements of a state that a program of many holds at a time, 32 float32 registers a thread
-WARPS = 4
+# By bytes of a state's element: elements that a program of many holds at a time, its warps, and whether it asks for the
+# next ones before it works on these. Narrow states have half the bytes in flight, and need the latter.
+TILES = {4: (4096, 4, False), 2: (1024, 2, True)}
 ELEMENTS_A_WARP = 1024
 MAX_WARPS = 16
 
@@ -111,6 +112,7 @@ def _gdn_decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     V_BLOCKS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr,
@@ -139,11 +141,11 @@ def _gdn_decode_kernel(
     if live == 0:
         return
 
-    # The largest read by far is asked for first, and the next tile as soon as its registers are free.
+    # The largest read by far is asked for first; the next tile once this one is stored, or (AHEAD) before.
     rows_of_tile = tl.arange(0, BLOCK_V)
     tile = (rows_of_tile < VALUE_DIM)[:, None] & k_mask[None, :]
     state_at = state + slot * state_slot + rows_of_tile[:, None] * state_v + k_index[None, :] * state_k
-    s = tl.load(state_at + first_head * state_head, mask=tile, other=0.0).to(tl.float32)
+    ahead = tl.load(state_at + first_head * state_head, mask=tile, other=0.0)
     snapshot = tl.load(snapshot_slots + place).to(tl.int64) if HAS_SNAPSHOT else slot
     x = qkv + start * qkv_token
     q_channel = k_head * KEY_DIM + k_index
@@ -196,6 +198,15 @@ def _gdn_decode_kernel(
         gate = tl.load(gate_at, mask=in_head, other=0.0).to(tl.float32)
         o_all = tl.zeros((V_BLOCKS, BLOCK_V), tl.float32)
         for block in range(V_BLOCKS):
+            s = ahead.to(tl.float32)
+            # An address anew from the numbers of its tile: one carried along would lose what is known of its alignment.
+            done = group * V_BLOCKS + block + 1
+            next_head, next_row = first_head + done // V_BLOCKS, (done % V_BLOCKS) * BLOCK_V
+            end_row = tl.where(done < GROUP * V_BLOCKS, VALUE_DIM, 0)
+            more = (next_row + rows_of_tile < end_row)[:, None] & k_mask[None, :]
+            following = state_at + (next_head * state_head + next_row * state_v)
+            if AHEAD:
+                ahead = tl.load(following, mask=more, other=0.0)
             v_index = block * BLOCK_V + rows_of_tile
             v_mask = v_index < VALUE_DIM
             v = _advance_window(
@@ -216,18 +227,14 @@ def _gdn_decode_kernel(
                 BLOCK_W,
                 HAS_SNAPSHOT,
             )
-            s, _, o = advance(s, q, k, v, decay, beta)
-            # Each address anew from the numbers of its tile: one carried along would lose what is known of its alignment.
+            s, o = advance_once(s, q, k, v, decay, beta)
             target = state_at + (head * state_head + block * BLOCK_V * state_v)
             tl.store(target, as_stored(s, state), mask=v_mask[:, None] & k_mask[None, :])
             if HAS_SNAPSHOT:
                 kept = (v_index < tl.where(snapshot >= 0, VALUE_DIM, 0))[:, None] & k_mask[None, :]
                 tl.store(target + (snapshot - slot) * state_slot, as_stored(s, state), mask=kept)
-            done = group * V_BLOCKS + block + 1
-            next_head, next_row = first_head + done // V_BLOCKS, (done % V_BLOCKS) * BLOCK_V
-            end_row = tl.where(done < GROUP * V_BLOCKS, VALUE_DIM, 0)
-            more = (next_row + rows_of_tile < end_row)[:, None] & k_mask[None, :]
-            s = tl.load(state_at + (next_head * state_head + next_row * state_v), mask=more, other=0.0).to(tl.float32)
+            if AHEAD == 0:
+                ahead = tl.load(following, mask=more, other=0.0)
             o_all = tl.where((tl.arange(0, V_BLOCKS) == block)[:, None], o[None, :], o_all)
 
         root = tl.rsqrt(tl.sum(tl.sum(o_all * o_all, 1), 0) / VALUE_DIM + norm_eps)
@@ -263,8 +270,11 @@ def gdn_decode_fused(
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     programs = max(rows, tokens) * num_k_heads
     num_warps = min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP))
-    if programs >= MANY_PROGRAMS and block_k * block_v > TILE:
-        block_v, num_warps = max(1, TILE // block_k), WARPS
+    ahead = False
+    if programs >= MANY_PROGRAMS:
+        tile, warps, ahead = TILES[ssm_state.element_size()]
+        if block_k * block_v > tile:
+            block_v, num_warps = max(1, tile // block_k), warps
     _gdn_decode_kernel[(programs,)](
         mixed_qkv,
         z,
@@ -302,6 +312,7 @@ def gdn_decode_fused(
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         V_BLOCKS=triton.next_power_of_2(triton.cdiv(value_dim, block_v)),
+        AHEAD=ahead,
         BLOCK_W=triton.next_power_of_2(width),
         BLOCK_ROWS=BLOCK_ROWS,
         HAS_SNAPSHOT=snapshot_slots is not None,

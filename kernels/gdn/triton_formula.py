@@ -42,3 +42,15 @@ def advance(s, q, k, v, decay, beta):
     written = beta * (v - tl.sum(s * k[None, :], 1))
     s = add_write(s, written, k)
     return s, written, tl.sum(s * q[None, :], 1)
+
+
+@triton.jit
+def advance_once(s, q, k, v, decay, beta):
+    """The same for a single token, without what was written: both sums over K are of the state before the token.
+
+    Neither waits for the other then: with S' = decay S + written k^T, S' q is decay S q + (k . q) written. Of several
+    tokens in a row `advance` is quicker, whose registers are free sooner (benchmarks/NOTES.md).
+    """
+    read_k, read_q = tl.sum(s * k[None, :], 1), tl.sum(s * q[None, :], 1)
+    written = beta * (v - decay * read_k)
+    return add_write(s * decay, written, k), decay * read_q + tl.sum(k * q, 0) * written

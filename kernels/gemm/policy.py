@@ -13,7 +13,8 @@ import torch
 
 MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 FP8_CAPABILITY = (8, 9)
-MIN_ROWS = 64  # rows (of one expert, in a grouped product) from which FP8 arithmetic is used
+MIN_ROWS = 64  # of a product, from which FP8 arithmetic is used
+MIN_EXPERT_ROWS = 8  # of one expert on average: there a tile of rows is mostly padding, and FP8 multiplies it for less
 
 
 @functools.lru_cache
@@ -22,9 +23,9 @@ def has_fp8_units(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def quantizes_activations(rows: int, device: torch.device) -> bool:
-    """Whether `rows` activations meeting one FP8 weight on `device` are rounded to FP8 first."""
-    return rows >= MIN_ROWS and has_fp8_units(device)
+def quantizes_activations(rows: int, device: torch.device, least: int = MIN_ROWS) -> bool:
+    """Whether `rows` activations meeting one FP8 weight on `device` are rounded to FP8 first: from `least` rows on."""
+    return rows >= least and has_fp8_units(device)
 
 
 def decodes_weights(device: torch.device) -> bool:
@@ -78,5 +79,6 @@ def activation_text() -> str:
     if not torch.cuda.is_available():
         return "FP8 weights: activations kept"
     if has_fp8_units(torch.device("cuda", torch.cuda.current_device())):
-        return f"FP8 weights: activations kept below {MIN_ROWS} rows, FP8 by 1x128 groups from there"
+        fewest = f"{MIN_ROWS} rows ({MIN_EXPERT_ROWS} an expert)"
+        return f"FP8 weights: activations kept below {fewest}, FP8 by 1x128 groups from there"
     return "FP8 weights: no FP8 units here, widened in the kernels, activations kept"

@@ -116,6 +116,17 @@ def _round_to_e4m3(x):
 
 
 @triton.jit
+def round_to_fp8(x, FP8_MAX: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Rows of float32 x as values within E4M3's range, for a cast to it, and the factor of each row."""
+    peak = tl.max(tl.abs(x), axis=1)
+    scale = tl.where(peak > 0, peak / FP8_MAX, 1.0)
+    values = tl.minimum(tl.maximum(x / scale[:, None], -FP8_MAX), FP8_MAX)
+    if INTERPRETED:
+        values = _round_to_e4m3(values)
+    return values, scale
+
+
+@triton.jit
 def _quantize_tokens_kernel(
     x_ptr,
     codes_ptr,
@@ -134,11 +145,7 @@ def _quantize_tokens_kernel(
     cols = group * GROUP + tl.arange(0, GROUP)
     mask = (rows < M)[:, None] & (cols < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), axis=1)
-    scale = tl.where(peak > 0, peak / FP8_MAX, 1.0)
-    values = tl.minimum(tl.maximum(x / scale[:, None], -FP8_MAX), FP8_MAX)
-    if INTERPRETED:
-        values = _round_to_e4m3(values)
+    values, scale = round_to_fp8(x, FP8_MAX, INTERPRETED)
     tl.store(codes_ptr + rows[:, None] * K + cols[None, :], values.to(codes_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + rows * num_groups + group, scale, mask=rows < M)
 

@@ -10,7 +10,7 @@ import torch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.expert_shard import ExpertShard
-from qwen3next_plugin.kernels.gemm.policy import MIN_ROWS
+from qwen3next_plugin.kernels.gemm.policy import MIN_EXPERT_ROWS
 from qwen3next_plugin.kernels.gpus import Gpu
 from qwen3next_plugin.kernels.moe.config import file_name, weights_name
 from qwen3next_plugin.spec import Qwen3NextSpec
@@ -63,8 +63,8 @@ class Problem:
 
     def activation_bytes(self, tokens: int, gpu: Gpu) -> int:
         """Of one activation where it meets the weights, as `fused_moe` decides when it is not told."""
-        rounded = self.mode == "fp8" and gpu.fp8 is not None and tokens * self.top_k // self.experts >= MIN_ROWS
-        return 1 if rounded else 2
+        rows = tokens * self.top_k // self.experts
+        return 1 if self.mode == "fp8" and gpu.fp8 is not None and rows >= MIN_EXPERT_ROWS else 2
 
     def products(self, activation_bytes: int) -> tuple[Product, Product]:
         """Gate-up and down."""

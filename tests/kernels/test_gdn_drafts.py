@@ -28,8 +28,8 @@ def test_ragged_rows_and_snapshots(heads: tuple[int, int], backend: str, device:
     layers = [make_layer(TOKENS, device, heads, (8, 8)) for _ in range(2)]
     for layer in layers[1:]:
         layer.tokens.A_log = torch.randn_like(layer.tokens.A_log)
-    # An accepted token of a row that is not there moves nothing, and neither does an accepted none.
-    Case(layers, ROWS, backend).check([2, -1, 0, 1, 0], [(7, 1), (8, 0), (9, 0), (10, 0), (11, 0)])
+    # An accepted token of a skipped row moves nothing, and neither does an accepted none.
+    Case(layers, ROWS, backend).check([2, -1, -1, 1, 0], [(7, 1), (8, 0), (9, 0), (10, 0), (11, 0)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -60,7 +60,7 @@ def test_token_dtypes_and_head_dims(dims: tuple[int, int], dtype: torch.dtype, b
 @pytest.mark.parametrize("width", [2, 3, 8])
 def test_convolution_widths(width: int, backend: str, device: str) -> None:
     Case([make_layer(TOKENS, device, width=width)], ROWS, backend).check(
-        [2, 0, 0, 0, 0], [(7 + n, 0) for n in range(5)]
+        [2, 0, -1, 0, 0], [(7 + n, 0) for n in range(5)]
     )
 
 
@@ -81,8 +81,8 @@ def test_only_the_first_tokens_of_a_longer_row(backend: str, device: str) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: str, device: str) -> None:
     for rows in ([], [(0, 0, 1), (0, 2, -1)]):
-        Case([make_layer(2, device)], rows, backend).check([1] * len(rows))
-    Case([make_layer(0, device)], [(0, 0, 1)], backend).check([0])
+        Case([make_layer(2, device)], rows, backend).check([1 if end > start else -1 for start, end, _ in rows])
+    Case([make_layer(0, device)], [(0, 0, 1)], backend).check([-1])
 
 
 @given(data=st.data())
@@ -103,8 +103,19 @@ def test_any_batch(backend: str, device: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("heads", [(1, 2), (2, 2)])
-def test_tokens_at_once_are_tokens_one_by_one_to_the_bit(heads: tuple[int, int], device: str) -> None:
-    """Float32 states and windows: nothing depends on how many tokens a verification had, or how many were kept."""
+def test_tokens_at_once_are_tokens_one_by_one(heads: tuple[int, int], device: str) -> None:
+    """Float32 states and windows: nothing depends on how many tokens a verification had, or how many were kept.
+
+    To the bit in the interpreter; a compiler contracts the products in an unrolled loop and in what is left of it
+    differently.
+    """
+
+    def assert_same(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+        if device == "cpu":
+            assert torch.equal(bits(mine.contiguous()), bits(theirs.contiguous()))
+        else:
+            torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-6, equal_nan=True)
+
     layer, rows = make_layer(6, device, heads), [(0, 6, 1)]
     once = Case([layer], rows, "triton", length=6)
     stepwise = Case([layer], rows, "triton", length=6)
@@ -115,10 +126,10 @@ def test_tokens_at_once_are_tokens_one_by_one_to_the_bit(heads: tuple[int, int],
     for start, stop, kept in ((0, 3, 2), (2, 6, 1), (3, 6, 3)):
         stepwise.rows = [(start, stop, 1)]
         out = stepwise.verify()[0]
-        assert torch.equal(out[start:stop], whole[start:stop])
+        assert_same(out[start:stop], whole[start:stop])
         stepwise.commit([kept - 1])
     for mine, theirs in ((stepwise.windows, once.windows), (stepwise.states, once.states)):
-        assert torch.equal(bits(mine.contiguous()), bits(theirs.contiguous()))
+        assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -40,7 +40,7 @@ def test_pairs_are_sorted_into_tiles_of_one_expert(data: st.DataObject, device: 
     ("tokens", "experts", "block"), [(1200, 3, 16), (_MANY // 2, 3, 16), (2500, 40, 64), (_MANY, 513, 128)]
 )
 def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device: str) -> None:
-    """One scan after another, and from `_MANY` pairs on chunks; some pairs have no expert here, and some experts none."""
+    """One scan after another, and from `_MANY` pairs on chunks; pairs without an expert here, an expert without any."""
     ids = torch.randint(-1, experts + 1, (tokens, 2), dtype=torch.int32, device=device)
     ids[ids == experts // 2] = 0
     tiles = align(ids, experts, block)

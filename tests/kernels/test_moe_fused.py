@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
+from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
 from qwen3next_plugin.kernels.moe.triton import experts as experts_module
 
 from .common import (
@@ -56,7 +57,7 @@ class Problem:
         plain = tolerance(dtype, 3, backend, device)
         # rounding to FP8 follows a rounding to `dtype`: a value near the middle of two codes may take the other one
         return (
-            max(plain, {torch.float32: 2e-3, torch.float16: 6e-3, torch.bfloat16: 3e-2}[dtype])
+            max(plain, {torch.float32: 2e-3, torch.float16: 6e-3, torch.bfloat16: 4e-2}[dtype])
             if self.rounded
             else plain
         )
@@ -103,6 +104,22 @@ def test_against_float64(
 ) -> None:  # fmt: skip
     case = problem(random_ids(tokens, experts, top_k, device), experts, hidden, inner, weights, dtype)
     assert_close(case.run(backend), case.expected(), case.limit(backend, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ["random", "some skipped"])
+def test_wide_tiles_round_what_they_activated(routing: str, dtype: torch.dtype, device: str) -> None:
+    """A tile of gate and up that is one group wide hands over FP8; a narrower one leaves the rounding to a launch."""
+    ids = random_ids(21, 4, 2, device)
+    if routing == "some skipped":
+        ids[torch.rand(ids.shape, device=device) < 0.3] = -1
+    case = problem(ids, 4, 136, 256, "fp8 activations", dtype)
+    found = []
+    for columns in (128, 64):
+        with forced(MoeConfig(16, Tile(columns, 64, 4, 2), Tile(64, 64, 4, 2))):
+            found.append(case.run("triton"))
+            assert_close(found[-1], case.expected(), case.limit("triton", device))
+    assert dtype is torch.float32 or not torch.equal(*found), "both rounded to the tokens' dtype in between"
 
 
 def test_reference_is_the_plain_sum(device: str) -> None:
@@ -222,7 +239,7 @@ def test_a_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch, device: st
 
     assert short_way(1) and short_way(experts_module.MAX_TOKENS) and short_way(1, "fp8")
     assert not short_way(experts_module.MAX_TOKENS + 1) and not short_way(1, "fp8 activations")
-    with moe.config.forced(moe.config.default_config(2, 3, 4)):
+    with forced(moe.config.default_config(2, 3, 4)):
         assert not short_way(1)
 
 

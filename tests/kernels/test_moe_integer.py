@@ -150,7 +150,7 @@ def test_fp8_rows_and_blocks_do_not_mix() -> None:
 def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     asked: list[int] = []
 
-    def never(rows: int, device: torch.device) -> bool:
+    def never(rows: int, device: torch.device, least: int) -> bool:
         asked.append(rows)
         return False
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 _SCAN = 1024  # ids a program looks at a time
-_CHUNK = 256  # pairs that are compared with each other where there are many
-_MANY = 16 * _CHUNK  # pairs, from which on chunks are quicker than scans by every expert
+_CHUNK = 128  # pairs that are compared with each other where there are many
+_MANY = 4096  # pairs, from which on chunks are quicker than scans by every expert
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ def _chunk_count_kernel(
 
 
 @triton.jit
-def _running_count_kernel(
-    counts_ptr, totals_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr
-):
+def _running_count_kernel(counts_ptr, totals_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
     """Each chunk's counts become those of the chunks before it; totals [E]: those of all chunks."""
     experts = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], dtype=tl.int32)

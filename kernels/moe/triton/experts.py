@@ -12,8 +12,8 @@ import triton.language as tl
 
 from ...dispatch import interpreting
 from ...gemm.policy import weight_codes
-from ...gemm.reference import FP8, GROUP, block_size
-from ...gemm.triton import quantize_tokens, scaled_product
+from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
+from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
 from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
 from ..config import Tile, choose_config, is_forced
 from .align import Tiles, align
@@ -28,6 +28,7 @@ def _grouped_kernel(
     w_scale_ptr,
     w_zero_ptr,
     out_ptr,
+    out_scale_ptr,
     pairs_ptr,
     experts_ptr,
     num_pairs,
@@ -56,9 +57,12 @@ def _grouped_kernel(
     A_INT8: tl.constexpr,
     UPCAST: tl.constexpr,
     ONE_FACTOR: tl.constexpr,
+    OUT_FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
 ):
     """out[p, n] = a[p // PAIRS_PER_ROW] . w[expert of p, n], or (SWIGLU) silu of it times the second product.
 
+    OUT_FP8 rounds a tile's columns, which are one group of the next product's, as `quantize_tokens` does.
     PACK 0: weights of a's type or FP8 (`scaled_product`), else INT8 or INT4 (`integer_product`).
     """
     # column tiles vary fastest: the programs of one expert run together and share its rows in the L2 cache
@@ -122,6 +126,9 @@ def _grouped_kernel(
         if SWIGLU:
             first = first * tl.sigmoid(first) * second
         mask = used[:, None] & (cols < N)[None, :]
+        if OUT_FP8:
+            first, factor = round_to_fp8(tl.where(mask, first, 0.0), FP8_MAX, UPCAST)
+            tl.store(out_scale_ptr + pairs * tl.num_programs(0) + tl.program_id(0), factor, mask=used)
         tl.store(out_ptr + pairs[:, None] * N + cols[None, :], first.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -163,8 +170,13 @@ def _grouped(
     pairs_per_row: int,
     swiglu: bool,
     quantize: bool,
+    a_scale: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> None:
-    """Fill out [pairs, N] from a [pairs / pairs_per_row, K] and weight [E, N or 2N, K]."""
+    """Fill out [pairs, N] from a [pairs / pairs_per_row, K] and weight [E, N or 2N, K].
+
+    a may be FP8 codes already, with a_scale; out may take some, with a factor a column tile in out_scale.
+    """
     num_pairs, N = out.shape
     block_n = max(16, min(tile.block_n, triton.next_power_of_2(N)))
     block_k = max(32 if quantize else 16, min(tile.block_k, triton.next_power_of_2(a.shape[1])))
@@ -181,9 +193,9 @@ def _grouped(
             scale_n, (block_k, scale_k) = 1, step_of(weight, scale, tile.block_k, a.shape[1])
             weight, pack = stored_words(weight)
     upcast = interpreting() and not a.is_cuda
-    if quantize:
+    if quantize and a_scale is None:
         a, a_scale = quantize_tokens(a) if fp8 else quantize_int8_tokens(a)
-    else:
+    elif a_scale is None:
         a_scale = a  # not read
     _grouped_kernel[(triton.cdiv(N, block_n), tiles.max_tiles)](
         a,
@@ -192,6 +204,7 @@ def _grouped(
         a if scale is None else scale,
         a if zero is None else zero.contiguous(),
         out,
+        out if out_scale is None else out_scale,
         tiles.pairs,
         tiles.experts,
         num_pairs,
@@ -220,6 +233,8 @@ def _grouped(
         A_INT8=quantize and not fp8,
         UPCAST=upcast,
         ONE_FACTOR=fp8 and scale_n % block_n == 0,
+        OUT_FP8=out_scale is not None,
+        FP8_MAX=FP8_MAX,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -256,15 +271,18 @@ def fused_moe(
     )
     tiles = align(topk_ids, num_experts, config.block_m)
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
-    activated = x.new_empty((tokens * top_k, inner))
+    # Where a tile of gate and up is as wide as a group of the next product's inputs, it rounds them itself.
+    rounds = quantize_activations and w13.dtype is FP8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
+    activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
+    scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     values = x.new_empty((tokens * top_k, hidden))
     _grouped(
         x, w13, w13_scale, w13_zero, tiles, config.gate_up, activated,
-        pairs_per_row=top_k, swiglu=True, quantize=quantize_activations,
+        pairs_per_row=top_k, swiglu=True, quantize=quantize_activations, out_scale=scale,
     )  # fmt: skip
     _grouped(
         activated, w2, w2_scale, w2_zero, tiles, config.down, values,
-        pairs_per_row=1, swiglu=False, quantize=quantize_activations,
+        pairs_per_row=1, swiglu=False, quantize=quantize_activations, a_scale=scale,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(hidden))
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](

@@ -15,7 +15,7 @@ from ...gemm.triton import decode_e4m3
 
 MAX_TOKENS = 8
 _ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
-_DEPTH = 512  # columns of them loaded at once by gate and up
+_DEPTH = 256  # columns of them loaded at once by gate and up
 _LANES = 2048  # columns of several choices' down matrices loaded at once
 
 

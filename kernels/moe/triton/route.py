@@ -43,8 +43,8 @@ def _route_kernel(
     for place in range(TOP_K):
         best = tl.max(keys, axis=0)
         keys = tl.where(keys == best, _TAKEN, keys)
-        bits = (best >> 32).to(tl.int32)
-        logit = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        high = (best >> 32).to(tl.int32)
+        logit = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         weights = tl.where(places == place, tl.exp(logit - largest) / total, weights)
         ids = tl.where(places == place, BLOCK_E - 1 - (best & 0x7FFFFFFF).to(tl.int32), ids)
     if RENORMALIZE:
