@@ -1,5 +1,6 @@
 """What adapters share: the checkpoint's order taken apart, a gated norm, and torch.compile where it works."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from qwen3next_plugin.spec import GdnSpec
 from ..gdn_work import GdnAbout
 
 
+@functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` through torch.compile, as stock models are; as it is where that fails."""
-    made: Callable[..., Any] = torch.compile(function, dynamic=True)
+    made: Callable[..., Any] = torch.compile(function)
     chosen: list[Callable[..., Any]] = []
 
     def run(*arguments: Any) -> Any:

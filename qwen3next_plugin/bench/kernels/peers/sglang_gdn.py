@@ -110,6 +110,7 @@ def _heads(about: GdnAbout, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _verify(work: Work, kernel: Any) -> list[Prepared]:
     """Verification keeps states beside the pool; the accepted one is copied back when the engine commits."""
+    work.restore()  # the pools below are copies of what stands in the inputs now
     about: GdnAbout = work.about
     g, p, first = about.sizes, about.parameters, work.inputs[0]
     update, slots = named(f"{_CONV}:causal_conv1d_update"), about.slots[:, 0].contiguous()

@@ -28,15 +28,16 @@ def norm(work: Work) -> list[Prepared]:
     return [Prepared([partial(run, one) for one in work.inputs])]
 
 
+def _add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x.float() + residual.float()
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * (weight.float() + 1.0)
+    return normed.to(x.dtype), total.to(x.dtype)
+
+
 def norm_compiled(work: Work) -> list[Prepared]:
     """The formula through torch.compile, as vLLM's default compilation mode has it."""
     about: NormAbout = work.about
-
-    @compiled
-    def formula(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x.float() + residual.float()
-        normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * (weight.float() + 1.0)
-        return normed.to(x.dtype), total.to(x.dtype)
+    formula = compiled(_add_and_norm)
 
     def run(one: NormInputs) -> Tensor:
         out: Tensor = formula(one.x, one.residual, about.weight, about.eps)[0]
