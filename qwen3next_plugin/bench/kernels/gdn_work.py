@@ -130,7 +130,7 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
     if prefill:
         end = min(case.tokens, _CHECKED_TOKENS)
         spans = [(row * case.tokens, row * case.tokens + end) for row in looked_at]
-        own = {"own": Prepared([partial(_prefill, about, one) for one in copies])}
+        own = {"own": Prepared([partial(_prefill, about, about.prefill_rows(), one) for one in copies])}
         expected = partial(_expected_prefill, about, first, spans)
     else:
         spans = [(0, len(looked_at) * case.tokens)]
@@ -153,10 +153,10 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
     )
 
 
-def _prefill(about: GdnAbout, one: GdnInputs) -> Tensor:
+def _prefill(about: GdnAbout, rows: PrefillRows, one: GdnInputs) -> Tensor:
     a, b = one.gates()
     states = (one.conv_state, one.ssm_state, one.out)
-    gdn_step(one.qkvz, a, b, about.parameters, *states, prefill=about.prefill_rows())
+    gdn_step(one.qkvz, a, b, about.parameters, *states, prefill=rows)
     return one.out
 
 

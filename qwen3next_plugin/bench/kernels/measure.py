@@ -66,6 +66,8 @@ class Run:
             row["series"][died[1]] = {"value": None, "why": DIED}
         self.state.attempt(case.name, "own")
         try:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what is free decides how many copies of the inputs are made
             work = self.build(case, self.spec, self.engine, self.device)
         except Exception as error:
             row["series"]["own"] = {"value": None, "why": one_line(error)}

@@ -97,7 +97,10 @@ class MoeBuilder:
             flops=pairs * 6 * hidden * routed.inner,
             products="fp8" if case.variant == "fp8" and _rounds(copies[0], JOINED) else "bf16",
             inputs=copies,
-            own={name: Prepared([partial(_run, one, does) for one in copies], does) for name, does in own.items()},
+            own={
+                name: Prepared([partial(_run, one.arguments(does), does) for one in copies], does)
+                for name, does in own.items()
+            },
             expected={does: partial(_expected, copies[0], does) for does in (ROUTED, JOINED)},
             subset=lambda out: out[_checked(out.shape[0], out.device)],
             share_of="plugin",
@@ -110,8 +113,8 @@ def _rounds(one: MoeInputs, does: str) -> bool:
     return s13 is not None and quantizes_activations(ids.numel() // w13.shape[0], one.x.device)
 
 
-def _run(one: MoeInputs, does: str) -> Tensor:
-    return moe.fused_moe(*one.arguments(does), num_shared=int(does == JOINED))
+def _run(arguments: tuple[Any, ...], does: str) -> Tensor:
+    return moe.fused_moe(*arguments, num_shared=int(does == JOINED))
 
 
 def _checked(tokens: int, device: torch.device) -> Tensor:

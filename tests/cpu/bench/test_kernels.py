@@ -122,7 +122,8 @@ def test_the_checkpoints_order_is_what_the_engines_take_apart() -> None:
 
     work = BUILD(parse_case("kernels", "gdn-decode-b3"), SPEC, "vllm", CPU)
     one = work.inputs[0]
-    mixed, z, b, a = split_interleaved(*work.about.interleaved(one), SPEC.gdn)
+    qkvz, ba = work.about.interleaved(one)
+    mixed, z, b, a = split_interleaved(qkvz, ba, SPEC.gdn)
     assert torch.equal(torch.cat([mixed, z.flatten(1)], dim=-1), one.qkvz)
     assert torch.equal(torch.cat([b, a], dim=-1), one.ba)
 
@@ -210,8 +211,9 @@ def test_no_gpu_and_no_engine_of_that_name_are_said(tmp_path: Path, monkeypatch:
 
 
 def test_adapters_import_no_engine_before_they_are_asked() -> None:
-    modules = "session", "peers.vllm_gdn", "peers.vllm_layers", "peers.vllm_moe"
-    modules += "peers.sglang_gdn", "peers.sglang_layers", "peers.sglang_moe"
-    text = "import sys\n" + "\n".join(f"import qwen3next_plugin.bench.kernels.{name}" for name in modules)
+    adapters = (f"peers.{engine}_{part}" for engine in ("vllm", "sglang") for part in ("gdn", "layers", "moe"))
+    text = "import sys\n" + "\n".join(
+        f"import qwen3next_plugin.bench.kernels.{name}" for name in ("session", *adapters)
+    )
     text += "\nassert not {'vllm', 'sglang', 'flashinfer'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", text], check=True)

@@ -14,6 +14,7 @@ from qwen3next_plugin.bench.kernels.check import check_parts
 from qwen3next_plugin.bench.kernels.plot import family_and_size
 from qwen3next_plugin.bench.kernels.result import merge
 from qwen3next_plugin.bench.kernels.session import write_merged
+from qwen3next_plugin.bench.tables import table_of
 from qwen3next_plugin.errors import SettingsError
 
 ABOUT = {
@@ -190,3 +191,16 @@ def test_a_picture_comes_of_it(tmp_path: Path) -> None:
     path = tmp_path / "moe.json"
     path.write_text(json.dumps(merge(states("moe"))), encoding="utf-8")
     assert plot_result(path).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["kernels", "moe"])
+def test_a_table_comes_of_it(kind: str) -> None:
+    lines = table_of(merge(states(kind))).splitlines()
+    assert (
+        lines[2]
+        == {
+            "kernels": "| gdn-verify4-b64 | 40 us | 25 us | 1.60x | 48% |",
+            "moe": "| moe-fp8-tp1-m8 | 35 us | 20 us | 1.75x | 30 us | 30 us | 1.00x | 33% |",
+        }[kind]
+    )
+    assert "NVIDIA H200" in lines[-1] and "copy 4000 GB/s" in lines[-1]

@@ -1,5 +1,6 @@
 """SGLang's grouped products, by the entry that its Triton runner calls (0.5.20), the shared expert one of them."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,8 +18,6 @@ _CONFIGS = f"{_PACKAGE}.fused_moe_triton_config"
 
 
 def _module(path: str) -> Any:
-    import importlib
-
     return importlib.import_module(path)
 
 
@@ -47,7 +46,7 @@ def _as_gpu(name: str) -> Iterator[None]:
 def _prepared(work: Work, does: str, gpu: str | None = None) -> list[Prepared]:
     first: MoeInputs = work.inputs[0]
     if first.s13 is not None and first.w2.shape[2] % 128:
-        raise ValueError("SGLang refuses FP8 blocks of which a rank's slice is no multiple (inner width 64)")
+        raise ValueError(f"stock SGLang refuses a slice of {first.w2.shape[2]} columns in FP8 blocks of 128")
     _alone()
     run, config = (
         named(f"{_PACKAGE}.fused_moe:fused_experts"),
