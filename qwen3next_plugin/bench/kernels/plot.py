@@ -34,7 +34,9 @@ def plot_shares(pyplot: Any, result: dict[str, Any], target: Path) -> Path:
         axis.set_visible(False)
     for axis, (family, points) in zip(axes.flat, families.items(), strict=False):
         points.sort(key=lambda point: point[0])
-        axis.plot([size for size, _ in points], [row["share_of_ceiling"] for _, row in points], "o-", label="plugin")
+        axis.plot(
+            [size for size, _ in points], [row["share_of_ceiling"] for _, row in points], "o-", label="this project"
+        )
         stock = [(size, _stock_share(row, result)) for size, row in points]
         known = [(size, share) for size, share in stock if share is not None]
         if known:

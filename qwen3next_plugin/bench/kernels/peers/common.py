@@ -1,4 +1,4 @@
-"""What adapters share: the checkpoint's order taken apart, a gated norm, and torch.compile where it works."""
+"""What adapters share: the checkpoint's order taken apart, a gated norm, and what stock models leave to torch.compile."""
 
 import functools
 from collections.abc import Callable
@@ -15,22 +15,8 @@ from ..gdn_work import GdnAbout
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` through torch.compile, as stock models are; as it is where that fails."""
-    made: Callable[..., Any] = torch.compile(function)
-    chosen: list[Callable[..., Any]] = []
-
-    def run(*arguments: Any) -> Any:
-        if chosen:
-            return chosen[0](*arguments)
-        try:
-            result = made(*arguments)
-            chosen.append(made)
-        except Exception:
-            chosen.append(function)
-            result = function(*arguments)
-        return result
-
-    return run
+    """``function`` through torch.compile, as stock models are; one that every case of a run shares."""
+    return torch.compile(function)
 
 
 def split_interleaved(qkvz: Tensor, ba: Tensor, sizes: GdnSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ Core = Callable[[GdnInputs, Tensor, Tensor, Tensor, Tensor], Tensor]
 def _works(work: Work, core: Core, normed: bool = False, **facts: Any) -> list[Prepared]:
     """Split, ``core`` and gated norm, the norm once as the compiler fuses it and once as vLLM's kernel."""
     about: GdnAbout = work.about
-    p, split = about.parameters, compiled(split_interleaved)
+    p, splits = about.parameters, {"compiled": compiled(split_interleaved), "eager": split_interleaved}
     kernel = named(f"{_OPS}.layernorm_guard:rmsnorm_fn")
 
     def by_kernel(x: Tensor, z: Tensor) -> Tensor:
@@ -31,21 +31,26 @@ def _works(work: Work, core: Core, normed: bool = False, **facts: Any) -> list[P
         return out
 
     fused = compiled(gated_norm)
-    norms = {"compiled": lambda x, z: fused(x, z, p.norm_weight, p.norm_eps), "kernel": by_kernel}
+    norms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "compiled": lambda x, z: fused(x, z, p.norm_weight, p.norm_eps),
+        "kernel": by_kernel,
+        "in the kernel": lambda x, z: x,
+    }
+    ways = [("compiled", "compiled"), ("compiled", "kernel"), ("eager", "kernel")]  # the last where nothing compiles
     if normed:
-        norms = {"in the kernel": lambda x, z: x}
+        ways = [("compiled", "in the kernel"), ("eager", "in the kernel")]
 
-    def run(one: GdnInputs, qkvz: Tensor, ba: Tensor, norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        mixed, z, b, a = split(qkvz, ba, about.sizes)
-        return norm(core(one, mixed, z, a, b), z)
+    def run(one: GdnInputs, qkvz: Tensor, ba: Tensor, split: str, norm: str) -> Tensor:
+        mixed, z, b, a = splits[split](qkvz, ba, about.sizes)
+        return norms[norm](core(one, mixed, z, a, b), z)
 
     laid = [about.interleaved(one) for one in work.inputs]
     return [
         Prepared(
-            [partial(run, one, *pair, norm) for one, pair in zip(work.inputs, laid, strict=True)],
-            facts={"norm": name, "launches": "split, convolution, delta rule, norm", **facts},
+            [partial(run, one, *pair, split, norm) for one, pair in zip(work.inputs, laid, strict=True)],
+            facts={"split": split, "norm": norm, "launches": "split, convolution, delta rule, norm", **facts},
         )
-        for name, norm in norms.items()
+        for split, norm in ways
     ]
 
 
