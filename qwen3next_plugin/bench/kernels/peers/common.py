@@ -1,4 +1,4 @@
-"""What adapters share: the checkpoint's order taken apart, a gated norm, and what stock models leave to torch.compile."""
+"""What adapters share: the checkpoint's order taken apart, a gated norm, what stock models give to torch.compile."""
 
 import functools
 from collections.abc import Callable
