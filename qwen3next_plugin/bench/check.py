@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .engines import SIDE_VARIABLE
+from .kernels.check import KINDS, check_parts
 from .state import FORMAT
 
 MAY_DIFFER = {SIDE_VARIABLE}
@@ -38,7 +39,8 @@ def check_file(path: Path) -> list[str]:
         return [f"{path}: cannot be read: {error}."]
     if not isinstance(result, dict) or "rows" not in result:
         return []  # a training log, a profile: no comparison
-    return [f"{path}: {finding}" for finding in check_result(result)]
+    check = check_parts if result.get("kind") in KINDS else check_result
+    return [f"{path}: {finding}" for finding in check(result)]
 
 
 def check_result(result: dict[str, Any]) -> list[str]:

@@ -11,6 +11,8 @@ import typer
 
 from qwen3next_plugin.errors import SettingsError
 
+from .kernels import command as parts
+
 bench_app = typer.Typer(
     help="Measure plugin and stock engine side by side, and look after the result files.",
     invoke_without_command=True,
@@ -90,6 +92,11 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changes.stdout.strip() else "")
+
+
+bench_app.command("kernels")(parts.kernels)
+bench_app.command("moe")(parts.moe)
+bench_app.command("merge")(parts.merge_states)
 
 
 @bench_app.command("model")

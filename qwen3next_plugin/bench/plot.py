@@ -6,6 +6,9 @@ from typing import Any
 
 from qwen3next_plugin.errors import SettingsError
 
+from .kernels.check import KINDS
+from .kernels.plot import plot_shares
+
 _SERIES = (("stock_vllm", "stock vLLM"), ("stock_sglang", "stock SGLang"), ("plugin", "plugin"), ("floor", "floor"))
 
 
@@ -22,17 +25,20 @@ def pyplot_for_files() -> Any:
 
 
 def plot_result(path: Path, out: Path | None = None) -> Path:
-    """One bar chart a kind of row beside the result file (or at ``out``), as PNG. Raises SettingsError without
-    matplotlib."""
+    """One bar chart a kind of row, or the shares of the ceiling where single operations were measured; as PNG beside
+    the result file or at ``out``. Raises SettingsError without matplotlib."""
     pyplot = pyplot_for_files()
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = result["rows"]
+    target = out or path.with_suffix(".png")
+    if result.get("kind") in KINDS:
+        return plot_shares(pyplot, result, target)
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
     figure, axes = pyplot.subplots(1, len(kinds), figsize=(2 + 4 * len(kinds), 4), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         _bars(axis, [row for row in rows if _kind(row) == kind], kind)
     figure.suptitle(path.stem)
     figure.tight_layout()
-    target = out or path.with_suffix(".png")
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
     return target

@@ -10,11 +10,16 @@ from typing import Any
 
 from qwen3next_plugin.errors import SettingsError
 
+from .kernels.check import KINDS
+from .kernels.table import parts_table
+
 _BLOCK = re.compile(r"(<!-- bench: (?P<file>\S+) -->\n)(?P<table>.*?)(<!-- /bench -->)", re.DOTALL)
 
 
 def table_of(result: dict[str, Any]) -> str:
     """A result file as a Markdown table, with a line that says what it was measured on."""
+    if result.get("kind") in KINDS:
+        return parts_table(result)
     engine = next(side.removeprefix("plugin-") for side in result["sides"] if side.startswith("plugin-"))
     peers = [name for name in ("vllm", "sglang") if any(row[f"stock_{name}"] is not None for row in result["rows"])]
     head = ["row", *(f"stock {_NAMES[name]}" for name in peers), f"plugin in {_NAMES[engine]}", "speed-up", "of floor"]

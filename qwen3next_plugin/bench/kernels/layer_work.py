@@ -1,0 +1,247 @@
+"""The other parts of a layer: the convolution of a prompt, norms, the rotation, and the dense products."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.kernels.conv import causal_conv1d_prefill
+from qwen3next_plugin.kernels.conv.reference import causal_conv
+from qwen3next_plugin.kernels.gemm import block_fp8_matmul, dequantize_block, quantize_block
+from qwen3next_plugin.kernels.norm import add_rms_norm
+from qwen3next_plugin.kernels.norm import reference as norm_reference
+from qwen3next_plugin.kernels.rope import qk_norm_rope
+from qwen3next_plugin.kernels.rope import reference as rope_reference
+from qwen3next_plugin.spec import AttentionSpec
+
+from .cases import Case
+from .gdn_work import GdnAbout, GdnInputs, gdn_parameters
+from .work import Engine, Normal, Prepared, Work, copies_of
+
+_CHECKED = 256
+_POSITIONS = 4096
+
+
+@dataclass
+class NormInputs:
+    """x and residual [T, H]."""
+
+    x: Tensor
+    residual: Tensor
+
+
+@dataclass
+class NormAbout:
+    """The zero-centred weight [H]."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass
+class RopeAbout:
+    """Weights [D], cos | sin [P, rotary_dim] in float32, positions [T]; inputs are qkv [T, 2 * (NH + NKV) * D]."""
+
+    sizes: AttentionSpec
+    q_weight: Tensor
+    k_weight: Tensor
+    cos_sin: Tensor
+    positions: Tensor
+    eps: float
+
+
+@dataclass
+class DenseInputs:
+    """x [M, K], weight [N, K], and for FP8 weights the factors of their blocks."""
+
+    x: Tensor
+    weight: Tensor
+    scale_inv: Tensor | None
+
+
+def layer_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:
+    """A case of one of these operations."""
+    build = {"conv-prefill": _conv, "norm-add": _norm, "qk-norm-rope": _rope, "dense": _dense}[case.op]
+    return build(case, spec, Normal(device))
+
+
+def _first(out: Tensor) -> Tensor:
+    return out[:_CHECKED]
+
+
+def _conv(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
+    sizes, tokens, device = spec.gdn, case.tokens, normal.device
+    moved = tokens * 2 * sizes.conv_dim * 2
+
+    def inputs() -> GdnInputs:
+        states = normal(2, sizes.conv_dim, sizes.conv_kernel_size - 1)
+        qkvz, out = normal(tokens, sizes.conv_dim + sizes.value_dim), normal(tokens, sizes.conv_dim)
+        return GdnInputs(qkvz, qkvz[:, :0], states, states, out)
+
+    copies = [inputs() for _ in range(copies_of(moved, 2 * moved, device))]
+    slots = torch.ones(1, 1, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    about = GdnAbout(sizes, gdn_parameters(sizes, spec.rms_norm_eps, normal), 1, tokens, slots, starts, slots[0])
+    rows = about.prefill_rows()
+
+    def convolve(one: GdnInputs) -> Tensor:
+        causal_conv1d_prefill(
+            one.qkvz[:, : sizes.conv_dim],
+            about.parameters.conv_weight,
+            None,
+            one.conv_state,
+            query_start=rows.query_start,
+            query_end=rows.query_end,
+            state_slots=rows.state_slots,
+            has_initial_state=rows.has_initial_state,
+            out=one.out,
+        )
+        return one.out
+
+    x = copies[0].qkvz[:_CHECKED, : sizes.conv_dim]
+    return Work(
+        case,
+        "the causal convolution of one prompt with SiLU, its state kept",
+        moved,
+        2 * tokens * sizes.conv_dim * sizes.conv_kernel_size,
+        "bf16",
+        copies,
+        {"own": Prepared([partial(convolve, one) for one in copies])},
+        {"": lambda: causal_conv(x.double()[None], about.parameters.conv_weight)[0]},
+        _first,
+        about=about,
+    )
+
+
+def _norm(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
+    moved = case.tokens * spec.hidden_size * 2 * 4
+    copies = [
+        NormInputs(normal(case.tokens, spec.hidden_size), normal(case.tokens, spec.hidden_size))
+        for _ in range(copies_of(moved, moved, normal.device))
+    ]
+    about = NormAbout(normal(spec.hidden_size, scale=0.1), spec.rms_norm_eps)
+    first = copies[0]
+    x, residual = first.x.clone(), first.residual.clone()
+
+    def restore() -> None:  # engines' kernels write over their inputs
+        first.x.copy_(x)
+        first.residual.copy_(residual)
+
+    def run(one: NormInputs) -> Tensor:
+        return add_rms_norm(one.x, one.residual, about.weight, about.eps)[0]
+
+    def expected() -> Tensor:
+        total = (x + residual)[:_CHECKED].double()
+        return norm_reference.rms_norm(total, about.weight, about.eps)
+
+    return Work(
+        case,
+        "residual added, then the zero-centred norm",
+        moved,
+        0,
+        "bf16",
+        copies,
+        {"own": Prepared([partial(run, one) for one in copies])},
+        {"": expected},
+        _first,
+        restore,
+        about,
+    )
+
+
+def _rope(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
+    sizes, device = spec.attention, normal.device
+    width = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
+    moved = case.tokens * width * 2 * 2
+    copies = [normal(case.tokens, width) for _ in range(copies_of(moved, moved // 2, device))]
+    angles = torch.rand(_POSITIONS, sizes.rotary_dim // 2, device=device) * 6.0
+    about = RopeAbout(
+        sizes,
+        normal(sizes.head_dim, scale=0.1),
+        normal(sizes.head_dim, scale=0.1),
+        torch.cat([angles.cos(), angles.sin()], dim=-1),
+        torch.arange(case.tokens, device=device).remainder(_POSITIONS),
+        spec.rms_norm_eps,
+    )
+    heads: dict[str, Any] = {
+        "num_heads": sizes.num_heads,
+        "num_kv_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+    }
+    constants = (about.q_weight, about.k_weight, about.cos_sin)
+
+    def run(qkv: Tensor) -> Tensor:
+        return qk_norm_rope(qkv, *constants, about.positions, **heads, eps=about.eps)[0]
+
+    def expected() -> Tensor:
+        some = copies[0][:_CHECKED].double()
+        return rope_reference.qk_norm_rope(some, *constants, about.positions[:_CHECKED], **heads, eps=about.eps)[0]
+
+    return Work(
+        case,
+        "q, k, v and gate apart, q and k normalised and turned",
+        moved,
+        0,
+        "bf16",
+        copies,
+        {"own": Prepared([partial(run, qkv) for qkv in copies])},
+        {"": expected},
+        _first,
+        about=about,
+    )
+
+
+def dense_shape(spec: Qwen3NextSpec, name: str) -> tuple[int, int]:
+    """Output and input columns of a dense layer."""
+    g, attention = spec.gdn, spec.attention
+    return {
+        "qkvz": (g.conv_dim + g.value_dim, spec.hidden_size),
+        "out": (spec.hidden_size, g.value_dim),
+        "qkv": (2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim, spec.hidden_size),
+        "o": (spec.hidden_size, attention.num_heads * attention.head_dim),
+        "router": (spec.moe.num_experts, spec.hidden_size),
+    }[name]
+
+
+def _dense(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
+    (columns, depth), fp8 = dense_shape(spec, case.variant), case.variant != "router"
+    moved = columns * depth * (1 if fp8 else 2) + case.tokens * (columns + depth) * 2
+
+    def inputs() -> DenseInputs:
+        weight, scale = normal(columns, depth, scale=depth**-0.5), None
+        if fp8:
+            weight, scale = quantize_block(weight)
+        return DenseInputs(normal(case.tokens, depth), weight, scale)
+
+    copies = [inputs() for _ in range(copies_of(moved, moved, normal.device))]
+
+    def run(one: DenseInputs) -> Tensor:
+        if one.scale_inv is None:
+            return functional.linear(one.x, one.weight)
+        return block_fp8_matmul(one.x, one.weight, one.scale_inv)
+
+    def expected() -> Tensor:
+        one = copies[0]
+        weight = one.weight.double()
+        if one.scale_inv is not None:
+            weight = dequantize_block(one.weight, one.scale_inv, torch.float64)
+        return one.x.double() @ weight.T
+
+    return Work(
+        case,
+        "a dense product, activations rounded by those who round them"
+        if fp8
+        else "the router's product (own: torch's linear)",
+        moved,
+        2 * case.tokens * columns * depth,
+        "fp8" if fp8 else "bf16",
+        copies,
+        {"own": Prepared([partial(run, one) for one in copies])},
+        {"": expected},
+        lambda out: out,
+        engine_runs=True,
+    )

@@ -1,0 +1,143 @@
+"""The mixture of experts on one rank: routed experts alone, and with the shared expert as one more of them.
+
+The plugin runs the second; an engine that keeps the shared expert apart is compared with the first. Routing is in
+neither. Weights are `qwen3next tune moe`'s.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.kernels import moe
+from qwen3next_plugin.kernels.gemm.policy import quantizes_activations
+from qwen3next_plugin.kernels.gpus import KNOWN
+from qwen3next_plugin.kernels.moe import reference
+from qwen3next_plugin.kernels.moe.config import choose_config, config_object
+from qwen3next_plugin.kernels.moe.triton.experts import MAX_TOKENS, suits_few
+from qwen3next_plugin.tune.cuda import CudaMachine, layers_that_fit
+from qwen3next_plugin.tune.problem import Problem, problem_of
+
+from .cases import Case
+from .work import Engine, Normal, Prepared, Work, copies_of
+
+ROUTED, JOINED = "routed", "joined"
+_CHECKED = 64
+_LAYERS = 4
+_MOST_CALLS = 32
+
+
+@dataclass
+class MoeInputs:
+    """x [T, H], and of all experts, the shared one last: w13, w2 and their factors; weights and ids [T, top_k + 1]."""
+
+    x: Tensor
+    w13: Tensor
+    w2: Tensor
+    s13: Tensor | None
+    s2: Tensor | None
+    weights: Tensor
+    ids: Tensor
+
+    def arguments(self, does: str) -> tuple[Any, ...]:
+        """x, w13, w2, weights, ids and factors, with the shared expert or without."""
+        if does == JOINED:
+            return (self.x, self.w13, self.w2, self.weights, self.ids, self.s13, self.s2)
+        tensors = (self.w13, self.w2, self.s13, self.s2)
+        w13, w2, s13, s2 = (None if tensor is None else tensor[:-1] for tensor in tensors)
+        return (self.x, w13, w2, self.weights[:, :-1].contiguous(), self.ids[:, :-1].contiguous(), s13, s2)
+
+
+class MoeBuilder:
+    """Makes works; weights stay for the next case that has the same."""
+
+    def __init__(self, spec: Qwen3NextSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._machine: CudaMachine | None = None
+
+    def _weights(self, routed: Problem) -> list[tuple[Any, ...]]:
+        joined = replace(routed, experts=routed.experts + 1, total_experts=routed.total_experts + 1)
+        if self._machine is None or self._machine.problem != joined:
+            self._machine = None  # gone before the next ones come
+            count = 1
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                count = layers_that_fit(joined)
+            self._machine = CudaMachine(joined, KNOWN["h200"], min(count, _LAYERS), self.device)
+        return self._machine.layers
+
+    def __call__(self, case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:
+        """The work of a case."""
+        routed = problem_of(spec, case.ranks, 1, case.variant)
+        layers, normal = self._weights(routed), Normal(device)
+        tokens, hidden, top_k = case.tokens, routed.hidden, routed.top_k
+        expert = 3 * hidden * routed.inner * routed.weight_bytes
+        gate = normal(1, hidden, scale=hidden**-0.5)
+        moved_each = int(routed.touched(tokens) * expert) + 4 * tokens * hidden
+        count = max(len(layers), min(_MOST_CALLS, copies_of(moved_each, 5 * tokens * hidden, device)))
+        copies = []
+        for n in range(count):
+            w13, w2, s13, s2 = layers[n % len(layers)]
+            x = normal(tokens, hidden)
+            logits = normal(tokens, routed.total_experts, dtype=torch.float32)
+            weights, ids = moe.route(logits, top_k, True, x, gate)
+            copies.append(MoeInputs(x, w13, w2, s13, s2, weights, ids))
+        own = {"own": ROUTED, "plugin": JOINED}
+        pairs = tokens * (top_k + 1)
+        touched = [len(one.ids.unique()) for one in copies]
+        return Work(
+            case=case,
+            text=f"routed experts ({routed.experts}, top {top_k}) and, joined, the shared one "
+            f"({routed.experts + 1}, top {top_k + 1}); no routing; inner width {routed.inner}",
+            bytes=int(sum(touched) / count * expert) + 4 * tokens * hidden,
+            flops=pairs * 6 * hidden * routed.inner,
+            products="fp8" if case.variant == "fp8" and _rounds(copies[0], JOINED) else "bf16",
+            inputs=copies,
+            own={
+                name: Prepared([partial(_run, one.arguments(does), does) for one in copies], does)
+                for name, does in own.items()
+            },
+            expected={does: partial(_expected, copies[0], does) for does in (ROUTED, JOINED)},
+            subset=lambda out: out[_checked(out.shape[0], out.device)],
+            share_of="plugin",
+            facts=_facts(copies[0], pairs * 6 * hidden * routed.inner, 6 * hidden * routed.inner),
+        )
+
+
+def _rounds(one: MoeInputs, does: str) -> bool:
+    _, w13, _, _, ids, s13, _ = one.arguments(does)
+    return s13 is not None and quantizes_activations(ids.numel() // w13.shape[0], one.x.device)
+
+
+def _run(arguments: tuple[Any, ...], does: str) -> Tensor:
+    return moe.fused_moe(*arguments, num_shared=int(does == JOINED))
+
+
+def _checked(tokens: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, tokens - 1, min(tokens, _CHECKED), device=device).long()
+
+
+def _expected(one: MoeInputs, does: str) -> Tensor:
+    x, w13, w2, weights, ids, s13, s2 = one.arguments(does)
+    rows = _checked(x.shape[0], x.device)
+    if s13 is None:
+        w13, w2 = w13.float(), w2.float()
+    rounded = _rounds(one, does)
+    return reference.fused_moe(x[rows].float(), w13, w2, weights[rows], ids[rows], s13, s2, rounded)
+
+
+def _facts(one: MoeInputs, useful: int, pair: int) -> dict[str, Any]:
+    """What our kernels do with it: the tiles, and the products that padding adds."""
+    _, w13, _, _, ids, s13, _ = one.arguments(JOINED)
+    rounded = _rounds(one, JOINED)
+    facts: dict[str, Any] = {"useful_flops": useful, "experts_touched": len(ids.unique())}
+    if one.x.shape[0] <= MAX_TOKENS and suits_few(w13, s13, rounded):
+        return facts | {"padded_flops": useful, "config": "few tokens: no tiles"}
+    config = choose_config(one.x.shape[0], ids.shape[1] - 1, w13[:-1], 1 if rounded else 2)
+    rows = torch.bincount(ids.flatten(), minlength=w13.shape[0]).tolist()
+    padded = sum(math.ceil(count / config.block_m) * config.block_m for count in rows)
+    return facts | {"padded_flops": padded * pair, "config": config_object(config)}

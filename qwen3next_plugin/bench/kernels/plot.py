@@ -1,0 +1,64 @@
+"""A picture of single operations: which share of the machine's ceiling each reaches, against its size."""
+
+import re
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .bounds import share_of_ceiling
+
+_SIZE = re.compile(r"(?:-b|-m|x|-)(\d+)$")
+_STATE = "-bf16state"
+
+
+def family_and_size(case: str) -> tuple[str, int]:
+    """``gdn-decode-b64-bf16state`` -> ("gdn-decode-bf16state", 64): what is drawn as one line, and where on it."""
+    stem = case.removesuffix(_STATE)
+    match = _SIZE.search(stem)
+    if match is None:
+        return case, 1
+    return stem[: match.start()] + case[len(stem) :], int(match[1])
+
+
+def plot_shares(pyplot: Any, result: dict[str, Any], target: Path) -> Path:
+    """One panel a family of cases: this project's line, and the fastest engine's by the same bytes and products."""
+    families: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for row in result["rows"]:
+        if row.get("share_of_ceiling") is not None:
+            family, size = family_and_size(row["case"])
+            families.setdefault(family, []).append((size, row))
+    columns = min(4, max(1, len(families)))
+    lines = -(-max(1, len(families)) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    for axis, (family, points) in zip(axes.flat, families.items(), strict=False):
+        points.sort(key=lambda point: point[0])
+        axis.plot(
+            [size for size, _ in points], [row["share_of_ceiling"] for _, row in points], "o-", label="this project"
+        )
+        stock = [(size, _stock_share(row, result)) for size, row in points]
+        known = [(size, share) for size, share in stock if share is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), "s--", label="stock")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0.0, 1.05)
+        axis.set_title(family, fontsize="small")
+        axis.legend(fontsize="small")
+    axes[0][0].set_ylabel("share of ceiling")
+    figure.suptitle(f"{result['kind']}, {result['gpu']}")
+    figure.tight_layout()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return target
+
+
+def _stock_share(row: dict[str, Any], result: dict[str, Any]) -> float | None:
+    """Of the fastest engine that does the same work as what the share is of."""
+    value = row["stock_joined"] if row["share_of"].startswith("plugin") and "stock_joined" in row else row["stock"]
+    if value is None:
+        return None
+    names = [name for name, values in row["repeats"].items() if "@" not in name and median(values) == value]
+    engine = names[0].split("-")[0] if names else None
+    ceilings = next((run["ceilings"] for run in result["runs"] if run["engine"] == engine), None)
+    return None if ceilings is None else share_of_ceiling(row, value, ceilings)[0]

@@ -1,0 +1,93 @@
+"""A run from its request to its files: needs a GPU and one engine, and no command line."""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3next_plugin.activation import plugin_version
+from qwen3next_plugin.config import parse_config
+from qwen3next_plugin.demo.shapes import config_of
+from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.kernels.gpus import gpu_slug
+from qwen3next_plugin.tune.cuda import this_machine
+
+from ..ceilings import measure_ceilings
+from ..results import write_result
+from .cases import Case, Kind, parse_cases
+from .gdn_work import gdn_work
+from .layer_work import layer_work
+from .measure import Build, Run
+from .moe_work import MoeBuilder
+from .result import merge, states_beside
+from .state import PartState
+from .timing import graph_timer
+from .work import Engine, Work
+
+
+def engine_named(peers: str) -> Engine:
+    """ "vllm" or "sglang". Raises SettingsError for another name."""
+    if peers == "vllm":
+        return "vllm"
+    if peers == "sglang":
+        return "sglang"
+    raise SettingsError(f"--peers: {peers!r} is not known: use vllm or sglang, whichever this Python has.")
+
+
+def run_parts(kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None) -> Path:
+    """Measures and writes ``<out>/<gpu>/<kind>.<peers>.state.json`` after every implementation, and what lies beside
+    it merged into ``<kind>.json`` after every row, whose path comes back. Rows that the state has are not done again.
+
+    Raises SettingsError for a bad request, a state of another machine or no GPU, and GpuLostError.
+    """
+    engine, cases = engine_named(peers), parse_cases(kind, rows)
+    try:
+        timer = graph_timer()
+    except RuntimeError as error:
+        raise SettingsError(str(error)) from None
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    device = torch.device("cuda", torch.cuda.current_device())
+    spec = parse_config(config_of("80b", fp8=True))
+    folder = out / gpu_slug(torch.cuda.get_device_name(device))
+    result = folder / f"{kind}.json"
+    state = PartState(folder / f"{kind}.{engine}.state.json", {"kind": kind, "engine": engine}, this_machine())
+    if "about" not in state.data:
+        state.data["about"] = _about(commit)
+    run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device)))
+    run.cases(cases, deadline, lambda: write_merged(result, kind))
+    return result
+
+
+def builder(moe: MoeBuilder) -> Build:
+    """What makes the work of any case."""
+
+    def build(case: Case, *rest: Any) -> Work:
+        if case.op == "moe":
+            return moe(case, *rest)
+        return (gdn_work if case.op.startswith("gdn") else layer_work)(case, *rest)
+
+    return build
+
+
+def write_merged(result: Path, kind: Kind) -> None:
+    """Merges the state files beside ``result`` into it; what does not compare with the newest one stays out."""
+    paths = sorted(states_beside(result, kind), key=lambda path: path.stat().st_mtime)
+    states = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    alike = ("machine", "commit", "plugin_version", "gpu")
+    newest = [states[-1].get(key, states[-1]["about"].get(key)) for key in alike]
+    mine = [state for state in states if [state.get(key, state["about"].get(key)) for key in alike] == newest]
+    write_result(result, merge(sorted(mine, key=lambda state: str(state["engine"]), reverse=True)))
+
+
+def _about(commit: str | None) -> dict[str, Any]:
+    if commit is None:
+        from ..command import git_commit  # needs typer, which a machine with a GPU may not have
+
+        commit = git_commit()
+    found = {key: value for key, value in measure_ceilings().items() if key != "machine"}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "commit": commit, "plugin_version": plugin_version(), **found}

@@ -1,0 +1,85 @@
+"""How long calls take on a GPU: in a CUDA graph of all of them, replayed for some milliseconds, several times."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .work import Call
+
+REPEATS = 5
+REPEAT_MS = 10.0
+_NO_GPU = "There is no NVIDIA GPU here that PyTorch can use, and kernels are measured on one: run it there."
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call, a value a repeat; how: "graph", or "eager" where the calls would not be captured."""
+
+    seconds: tuple[float, ...]
+    how: str
+
+
+class Timer(Protocol):
+    """What times calls; a test has one that does not."""
+
+    def __call__(self, calls: Sequence[Call]) -> Times:
+        """Times of one call, after all of them ran once."""
+        ...
+
+    def alive(self) -> bool:
+        """Whether the GPU still answers."""
+        ...
+
+
+class GraphTimer:
+    """Times on the current GPU."""
+
+    def __call__(self, calls: Sequence[Call]) -> Times:
+        """As `Timer`. What cannot be captured (it asks the GPU for a value) is launched from Python instead."""
+
+        def all_calls() -> None:
+            for call in calls:
+                call()
+
+        all_calls()  # compiles, tunes itself
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                all_calls()
+        except Exception:
+            torch.cuda.synchronize()  # raises where the GPU is lost
+            return Times(_repeated(all_calls, len(calls)), "eager")
+        return Times(_repeated(graph.replay, len(calls)), "graph")
+
+    def alive(self) -> bool:
+        """Whether a small tensor can be made and read back."""
+        try:
+            return float(torch.ones(1, device="cuda").item()) == 1.0
+        except Exception:
+            return False
+
+
+def graph_timer() -> GraphTimer:
+    """A timer for the current GPU. Raises RuntimeError where there is none."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(_NO_GPU)
+    return GraphTimer()
+
+
+def _repeated(action: Callable[[], None], calls: int) -> tuple[float, ...]:
+    first = _milliseconds(action, 2)
+    times = max(1, round(REPEAT_MS / max(first, 1e-3)))
+    return tuple(_milliseconds(action, times) * 1e-3 / calls for _ in range(REPEATS))
+
+
+def _milliseconds(action: Callable[[], None], times: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        action()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
