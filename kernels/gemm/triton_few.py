@@ -1,0 +1,376 @@
+"""Products of a few rows with one weight matrix or two, in one launch that waits for the weights' bytes only.
+
+Up to `VECTOR_ROWS` rows are vector products on the plain cores: a program holds all of x and a few of the weight's rows,
+most often whole, and issues their loads before it uses one. More rows are matrix products of 16 rows, in which the warps
+of a program share the columns among them and are summed at its end. Nothing is summed across programs: no atomics, and
+equal inputs give equal bits. Activations are never rounded to FP8.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import interpreting
+from .policy import weight_codes
+from .reference import GROUP, block_size
+from .triton import decode_e4m3, widened
+
+VECTOR_ROWS = 4
+GATED_ROWS = 4  # each program computes the gate anew: above, a launch of its own is expected to be cheaper
+_TILE_ROWS = 16  # of x in a matrix product
+_LOAD_BYTES = 16  # that a thread takes at once
+_ROW_BYTES = 4096  # of one of the weight's rows in flight
+_PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one weight is cut: ``rows`` of it a program, ``columns`` of it a step, as vector or as matrix products."""
+
+    vector: bool
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def tile_of(rows_of_x: int, weight: torch.Tensor) -> Tile:
+    """The tile for a product of so many rows with ``weight`` [N, K]. What to tune on a GPU stands here."""
+    (n, k), size = weight.shape, weight.element_size()
+    if rows_of_x <= VECTOR_ROWS:
+        rows = 4
+        while rows > 1 and n < rows * _PROGRAMS:
+            rows //= 2
+        columns = max(min(triton.next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
+        return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
+    wide = n >= 32 * _PROGRAMS
+    return Tile(False, 32 if wide else 16, 512, num_warps=4, num_stages=3)
+
+
+@triton.jit
+def _columns(ptr, lanes, left, WHOLE: tl.constexpr):
+    """These columns of a row as float32, zeros beyond those that are left."""
+    if WHOLE:
+        return tl.load(ptr + lanes).to(tl.float32)
+    return tl.load(ptr + lanes, mask=lanes < left, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_row(
+    sums, w, factor, x_ptr, gate_ptr, row, M, lanes, left, x_stride, gate_stride, GATED: tl.constexpr, WHOLE: tl.constexpr
+):
+    """sums + what these columns of the weight's rows and of one row of x, gated, add to their products."""
+    row = tl.minimum(row, M - 1).to(tl.int64)  # beyond M: any, for its product is not stored
+    x = _columns(x_ptr + row * x_stride, lanes, left, WHOLE)
+    if GATED:
+        x *= tl.sigmoid(_columns(gate_ptr + row * gate_stride, lanes, left, WHOLE))
+    return sums + tl.sum(w * x[None], axis=2) * factor
+
+
+@triton.jit
+def _store_row(out_ptr, m, M, N, rows, sums):
+    out = tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty)
+    if m < M:
+        tl.store(out_ptr + m.to(tl.int64) * N + rows, out, mask=rows < N)
+
+
+@triton.jit
+def _vector_products(
+    x_ptr,
+    gate_ptr,
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    tile,
+    m,
+    M,
+    N,
+    K,
+    x_stride,
+    gate_stride,
+    w_stride,
+    scale_stride_n,
+    scale_stride_k,
+    ROWS_OF_X: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LOAD: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """out[m + i, n] = weight row n . x row m + i, for up to four rows of x and BLOCK_N rows of the weight.
+
+    LOAD columns lie together in a thread, which sums them first; what is left of a row is multiplied by its blocks'
+    factors, and summed over the threads once.
+    """
+    first = tile * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
+    begins = tl.arange(0, BLOCK_K // LOAD) * LOAD
+    lanes = begins[:, None] + tl.arange(0, LOAD)[None, :]
+    w_ptrs = w_ptr + rows.to(tl.int64)[:, None, None] * w_stride + lanes[None]
+    scale_ptr += (first // SCALE_N) * scale_stride_n
+    sums0 = tl.zeros([BLOCK_N, BLOCK_K // LOAD], dtype=tl.float32)
+    sums1, sums2, sums3 = sums0, sums0, sums0
+    for k in range(0, K, BLOCK_K):
+        mask = (rows < N)[:, None, None]
+        if not WHOLE:
+            mask = mask & (lanes < K - k)[None]
+        w = widened(tl.load(w_ptrs + k, mask=mask, other=0.0, eviction_policy="evict_first"))
+        factor = tl.full([1, 1], 1.0, dtype=tl.float32)
+        if SCALED:
+            factor_ptrs = scale_ptr + (k + begins) // SCALE_K * scale_stride_k
+            factor = tl.load(factor_ptrs, mask=begins < K - k, other=0.0)[None, :]
+        x, gate, left = x_ptr + k, gate_ptr + k, K - k
+        sums0 = _add_row(sums0, w, factor, x, gate, m, M, lanes, left, x_stride, gate_stride, GATED, WHOLE)
+        if ROWS_OF_X > 1:
+            sums1 = _add_row(sums1, w, factor, x, gate, m + 1, M, lanes, left, x_stride, gate_stride, GATED, WHOLE)
+        if ROWS_OF_X > 2:
+            sums2 = _add_row(sums2, w, factor, x, gate, m + 2, M, lanes, left, x_stride, gate_stride, GATED, WHOLE)
+        if ROWS_OF_X > 3:
+            sums3 = _add_row(sums3, w, factor, x, gate, m + 3, M, lanes, left, x_stride, gate_stride, GATED, WHOLE)
+    _store_row(out_ptr, m, M, N, rows, sums0)
+    if ROWS_OF_X > 1:
+        _store_row(out_ptr, m + 1, M, N, rows, sums1)
+    if ROWS_OF_X > 2:
+        _store_row(out_ptr, m + 2, M, N, rows, sums2)
+    if ROWS_OF_X > 3:
+        _store_row(out_ptr, m + 3, M, N, rows, sums3)
+
+
+@triton.jit
+def _matrix_product(
+    x_ptr,
+    gate_ptr,
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    tile,
+    M,
+    N,
+    K,
+    x_stride,
+    gate_stride,
+    w_stride,
+    scale_stride_n,
+    scale_stride_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out[:, n] for BLOCK_N rows of the weight: PARTS products of BLOCK_K columns at once, each with its own sum."""
+    first = tile * BLOCK_N
+    rows = first + tl.arange(0, BLOCK_N)
+    ms = tl.arange(0, BLOCK_M)
+    parts = tl.arange(0, PARTS)
+    cols = parts[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    x_at = ms[None, :, None].to(tl.int64)
+    w_ptrs = w_ptr + rows.to(tl.int64)[None, None, :] * w_stride + cols[:, :, None]
+    scale_ptr += (first // SCALE_N) * scale_stride_n
+    sums = tl.zeros([PARTS, BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, PARTS * BLOCK_K):
+        x_mask, w_mask = (ms < M)[None, :, None], (rows < N)[None, None, :]
+        if not WHOLE:
+            inside = cols < K - k
+            x_mask, w_mask = x_mask & inside[:, None, :], w_mask & inside[:, :, None]
+        x = tl.load(x_ptr + x_at * x_stride + cols[:, None, :] + k, mask=x_mask, other=0.0)
+        w = tl.load(w_ptrs + k, mask=w_mask, other=0.0)
+        if GATED:
+            gate = tl.load(gate_ptr + x_at * gate_stride + cols[:, None, :] + k, mask=x_mask, other=0.0)
+            gated = x.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
+            x = gated if UPCAST else gated.to(x.dtype)
+        elif UPCAST:
+            x = x.to(tl.float32)
+        if w.dtype == tl.uint8:
+            w = decode_e4m3(w)
+        product = tl.dot(x, w.to(x.dtype), input_precision="ieee")
+        if SCALED:
+            places = k + parts * BLOCK_K
+            product *= tl.load(scale_ptr + places // SCALE_K * scale_stride_k, mask=places < K, other=0.0)[:, None, None]
+        sums += product
+    out = tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + ms.to(tl.int64)[:, None] * N + rows[None, :], out, mask=(ms < M)[:, None] & (rows < N)[None, :])
+
+
+@triton.jit
+def _few_matmul_kernel(
+    x_ptr,
+    gate_ptr,
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    w2_ptr,
+    scale2_ptr,
+    out2_ptr,
+    M,
+    N,
+    N2,
+    K,
+    x_stride,
+    gate_stride,
+    w_stride,
+    w2_stride,
+    scale_stride_n,
+    scale_stride_k,
+    scale2_stride_n,
+    scale2_stride_k,
+    ROWS_OF_X: tl.constexpr,
+    VECTOR: tl.constexpr,
+    GATED: tl.constexpr,
+    PAIR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
+    SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N2: tl.constexpr,
+    BLOCK_K2: tl.constexpr,
+    DEPTH2: tl.constexpr,
+    SCALE_N2: tl.constexpr,
+    SCALE_K2: tl.constexpr,
+    SCALED2: tl.constexpr,
+    WHOLE2: tl.constexpr,
+):
+    """The first programs take the first weight, the others (PAIR) the second. DEPTH: columns of a thread, or of a part."""
+    tile = tl.program_id(0)
+    m = tl.program_id(1) * ROWS_OF_X
+    tiles = tl.cdiv(N, BLOCK_N)
+    if tile < tiles:
+        if VECTOR:
+            _vector_products(
+                x_ptr, gate_ptr, w_ptr, scale_ptr, out_ptr, tile, m, M, N, K, x_stride, gate_stride, w_stride,
+                scale_stride_n, scale_stride_k, ROWS_OF_X, BLOCK_N, BLOCK_K, DEPTH, SCALE_N, SCALE_K, SCALED, GATED, WHOLE,
+            )  # fmt: skip
+        else:
+            _matrix_product(
+                x_ptr, gate_ptr, w_ptr, scale_ptr, out_ptr, tile, M, N, K, x_stride, gate_stride, w_stride,
+                scale_stride_n, scale_stride_k, ROWS_OF_X, BLOCK_N, BLOCK_K // DEPTH, DEPTH, SCALE_N, SCALE_K, SCALED,
+                GATED, WHOLE, UPCAST,
+            )  # fmt: skip
+    if PAIR:
+        if tile >= tiles:
+            if VECTOR:
+                _vector_products(
+                    x_ptr, gate_ptr, w2_ptr, scale2_ptr, out2_ptr, tile - tiles, m, M, N2, K, x_stride, gate_stride,
+                    w2_stride, scale2_stride_n, scale2_stride_k, ROWS_OF_X, BLOCK_N2, BLOCK_K2, DEPTH2, SCALE_N2,
+                    SCALE_K2, SCALED2, GATED, WHOLE2,
+                )  # fmt: skip
+            else:
+                _matrix_product(
+                    x_ptr, gate_ptr, w2_ptr, scale2_ptr, out2_ptr, tile - tiles, M, N2, K, x_stride, gate_stride,
+                    w2_stride, scale2_stride_n, scale2_stride_k, ROWS_OF_X, BLOCK_N2, BLOCK_K2 // DEPTH2, DEPTH2,
+                    SCALE_N2, SCALE_K2, SCALED2, GATED, WHOLE2, UPCAST,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One weight as the kernel takes it."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    tile: Tile
+    block: tuple[int, int]  # that one factor covers
+
+    @property
+    def block_n(self) -> int:
+        return min(self.tile.rows, self.block[0])
+
+    @property
+    def programs(self) -> int:
+        return triton.cdiv(self.weight.shape[0], self.block_n)
+
+    @property
+    def scale_strides(self) -> tuple[int, ...]:
+        return (0, 0) if self.scale is None else self.scale.stride()
+
+    def constants(self, suffix: str) -> dict[str, int | bool]:
+        """The kernel's compile-time values for this weight."""
+        deepest = self.block[1] if self.scale is not None else GROUP
+        depth = _LOAD_BYTES // self.weight.element_size() if self.tile.vector else min(GROUP, deepest)
+        values = {
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.tile.columns,
+            "DEPTH": min(depth, deepest),
+            "SCALE_N": self.block[0],
+            "SCALE_K": self.block[1],
+            "SCALED": self.scale is not None,
+            "WHOLE": self.weight.shape[1] % self.tile.columns == 0,
+        }
+        return {name + suffix: value for name, value in values.items()}
+
+
+def _cut(rows: int, weight: torch.Tensor, scale: torch.Tensor | None, tile: Tile | None) -> _Cut:
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    if scale is None:
+        return _Cut(weight, None, tile or tile_of(rows, weight), (GROUP, GROUP))
+    return _Cut(weight_codes(weight), scale, tile or tile_of(rows, weight), block_size(weight, scale))
+
+
+def few_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
+    second: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """See `kernels.gemm.few_matmul` and `few_matmul_pair`; the arguments are taken as checked.
+
+    ``tiles`` instead of the table's, for measuring: both as vectors or both as matrices, with as many warps.
+    """
+    (M, K), pair = x.shape, second is not None
+    own, others = tiles or (None, None)
+    one = _cut(M, weight, scale_inv, own)
+    other = one if second is None else _cut(M, *second, others)
+    outs = [torch.empty((M, cut.weight.shape[0]), dtype=x.dtype, device=x.device) for cut in (one, other)[: 1 + pair]]
+    if sum(out.numel() for out in outs) == 0:
+        return tuple(outs)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if gate is not None and gate.stride(1) != 1:
+        gate = gate.contiguous()
+    rows = min(M, VECTOR_ROWS) if one.tile.vector else _TILE_ROWS
+    _few_matmul_kernel[(one.programs + (other.programs if pair else 0), triton.cdiv(M, rows))](
+        x,
+        x if gate is None else gate,
+        one.weight,
+        x if one.scale is None else one.scale,
+        outs[0],
+        other.weight,
+        x if other.scale is None else other.scale,
+        outs[-1],
+        M,
+        one.weight.shape[0],
+        other.weight.shape[0],
+        K,
+        x.stride(0),
+        0 if gate is None else gate.stride(0),
+        one.weight.stride(0),
+        other.weight.stride(0),
+        *one.scale_strides,
+        *other.scale_strides,
+        ROWS_OF_X=rows,
+        VECTOR=one.tile.vector,
+        GATED=gate is not None,
+        PAIR=pair,
+        UPCAST=interpreting() and not x.is_cuda,
+        **one.constants(""),
+        **other.constants("2"),
+        num_warps=max(one.tile.num_warps, other.tile.num_warps),
+        num_stages=one.tile.num_stages,
+    )
+    return tuple(outs)
