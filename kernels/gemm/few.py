@@ -22,11 +22,12 @@ def _blocks_fit(weight: torch.Tensor, scale_inv: torch.Tensor) -> bool:
 
 
 def fits_few(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None) -> bool:
-    """Whether `few_matmul` takes these as they are, that is, without a copy of the weight.
+    """Whether `few_matmul` takes this weight as it is, without a copy, for x with few enough rows.
 
-    So that an engine's layer, which may have re-laid its weights for its own kernels, can be asked first.
+    So that an engine's layer, which may have re-laid its weight for its own kernels, can be asked first. The number of
+    rows is left out: while a graph is compiled it is not known.
     """
-    if x.dim() != 2 or x.shape[0] > MAX_ROWS or x.dtype not in FLOATS or weight.dim() != 2:
+    if x.dim() != 2 or x.dtype not in FLOATS or weight.dim() != 2:
         return False
     if weight.shape[1] != x.shape[1] or weight.stride(1) != 1 or weight.device != x.device:
         return False
@@ -86,7 +87,8 @@ def few_matmul(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """(x * sigmoid(gate)) @ (weight * scale_inv expanded over its blocks).T of at most `MAX_ROWS` rows, in one launch.
+    """(x * sigmoid(gate)) @ (weight * scale_inv expanded over its blocks).T of at most `MAX_ROWS` rows, in one launch
+    (two where there is a gate and more than four rows).
 
     x [M, K] and gate (optional) bf16/fp16/fp32, rows may be strided; weight [N, K] as x, or float8_e4m3fn with
     scale_inv [ceil(N/128), ceil(K/128)] float32 of any strides (smaller blocks: see `block_size`) -> [M, N] in x's

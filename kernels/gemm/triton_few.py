@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
+from ..rope.triton import sigmoid_gate
 from .policy import weight_codes
 from .reference import GROUP, block_size
 from .triton import decode_e4m3, widened
 
 VECTOR_ROWS = 4
-GATED_ROWS = 4  # each program computes the gate anew: above, a launch of its own is expected to be cheaper
 _TILE_ROWS = 16  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
@@ -45,8 +45,9 @@ def tile_of(rows_of_x: int, weight: torch.Tensor) -> Tile:
             rows //= 2
         columns = max(min(triton.next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
         return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
-    wide = n >= 32 * _PROGRAMS
-    return Tile(False, 32 if wide else 16, 512, num_warps=4, num_stages=3)
+    if n >= 32 * _PROGRAMS:
+        return Tile(False, 32, 512, num_warps=4, num_stages=3)
+    return Tile(False, 16, 512, num_warps=4, num_stages=4)
 
 
 @triton.jit
@@ -145,7 +146,6 @@ def _vector_products(
 @triton.jit
 def _matrix_product(
     x_ptr,
-    gate_ptr,
     w_ptr,
     scale_ptr,
     out_ptr,
@@ -154,7 +154,6 @@ def _matrix_product(
     N,
     K,
     x_stride,
-    gate_stride,
     w_stride,
     scale_stride_n,
     scale_stride_k,
@@ -165,7 +164,6 @@ def _matrix_product(
     SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
     SCALED: tl.constexpr,
-    GATED: tl.constexpr,
     WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -186,11 +184,7 @@ def _matrix_product(
             x_mask, w_mask = x_mask & inside[:, None, :], w_mask & inside[:, :, None]
         x = tl.load(x_ptr + x_at * x_stride + cols[:, None, :] + k, mask=x_mask, other=0.0)
         w = tl.load(w_ptrs + k, mask=w_mask, other=0.0)
-        if GATED:
-            gate = tl.load(gate_ptr + x_at * gate_stride + cols[:, None, :] + k, mask=x_mask, other=0.0)
-            gated = x.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
-            x = gated if UPCAST else gated.to(x.dtype)
-        elif UPCAST:
+        if UPCAST:
             x = x.to(tl.float32)
         if w.dtype == tl.uint8:
             w = decode_e4m3(w)
@@ -203,7 +197,7 @@ def _matrix_product(
     tl.store(out_ptr + ms.to(tl.int64)[:, None] * N + rows[None, :], out, mask=(ms < M)[:, None] & (rows < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # which only masks
 def _few_matmul_kernel(
     x_ptr,
     gate_ptr,
@@ -257,9 +251,8 @@ def _few_matmul_kernel(
             )  # fmt: skip
         else:
             _matrix_product(
-                x_ptr, gate_ptr, w_ptr, scale_ptr, out_ptr, tile, M, N, K, x_stride, gate_stride, w_stride,
-                scale_stride_n, scale_stride_k, ROWS_OF_X, BLOCK_N, BLOCK_K // DEPTH, DEPTH, SCALE_N, SCALE_K, SCALED,
-                GATED, WHOLE, UPCAST,
+                x_ptr, w_ptr, scale_ptr, out_ptr, tile, M, N, K, x_stride, w_stride, scale_stride_n, scale_stride_k,
+                ROWS_OF_X, BLOCK_N, BLOCK_K // DEPTH, DEPTH, SCALE_N, SCALE_K, SCALED, WHOLE, UPCAST,
             )  # fmt: skip
     if PAIR:
         if tile >= tiles:
@@ -271,9 +264,9 @@ def _few_matmul_kernel(
                 )  # fmt: skip
             else:
                 _matrix_product(
-                    x_ptr, gate_ptr, w2_ptr, scale2_ptr, out2_ptr, tile - tiles, M, N2, K, x_stride, gate_stride,
-                    w2_stride, scale2_stride_n, scale2_stride_k, ROWS_OF_X, BLOCK_N2, BLOCK_K2 // DEPTH2, DEPTH2,
-                    SCALE_N2, SCALE_K2, SCALED2, GATED, WHOLE2, UPCAST,
+                    x_ptr, w2_ptr, scale2_ptr, out2_ptr, tile - tiles, M, N2, K, x_stride, w2_stride, scale2_stride_n,
+                    scale2_stride_k, ROWS_OF_X, BLOCK_N2, BLOCK_K2 // DEPTH2, DEPTH2, SCALE_N2, SCALE_K2, SCALED2, WHOLE2,
+                    UPCAST,
                 )  # fmt: skip
 
 
@@ -340,6 +333,8 @@ def few_matmul(
     outs = [torch.empty((M, cut.weight.shape[0]), dtype=x.dtype, device=x.device) for cut in (one, other)[: 1 + pair]]
     if sum(out.numel() for out in outs) == 0:
         return tuple(outs)
+    if gate is not None and not one.tile.vector:  # each program would compute all of the gate: a launch costs less
+        x, gate = sigmoid_gate(x, gate), None
     x = x if x.stride(1) == 1 else x.contiguous()
     if gate is not None and gate.stride(1) != 1:
         gate = gate.contiguous()
