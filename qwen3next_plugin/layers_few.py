@@ -1,8 +1,9 @@
 """What an engine's linear layers do with a few rows: our product instead of theirs, in one launch.
 
-The engine builds the layers, loads and re-lays their weights, sums over ranks, and runs more rows itself. The place where
-its layer asks its quantisation method for the product of this rank, `quant_method.apply`, is the same in both engines.
-Where the weight is no longer [N, K] as loaded by then, or a layer was replaced by another, nothing of ours runs.
+The engine builds the layers, loads and re-lays their weights, sums over ranks, and runs more rows itself. The place
+where its layer asks its quantisation method for the product of this rank, `quant_method.apply`, is the same in both
+engines. Where the weight is no longer [N, K] as loaded by then, or another layer stands in the place, nothing of ours
+runs.
 
 Compiled graphs serve all numbers of rows, so there the choice is made inside one opaque operation.
 """
@@ -76,13 +77,12 @@ class FewRows:
         return all(layer is now and fits_few(x, *_weight(layer)) for layer, now in pairs)
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """x [T, K], behind a gate if one is given -> each layer's [T, N], not summed over ranks; x must have passed `runs`."""
-        weights = [tensor for layer in self.layers for tensor in _weight(layer)]
-        if len(self.layers) == 1:
-            weights += [None, None]
+        """x [T, K], which has passed `runs`, behind a gate or not -> each layer's [T, N], not summed over ranks."""
+        weight, scale_inv = _weight(self.layers[0])
+        second, second_scale_inv = _weight(self.layers[1]) if len(self.layers) > 1 else (None, None)
         if torch.compiler.is_compiling():
-            return dense(x, gate, *weights, LayerKey(self.name))
-        return _run(self, x, gate, *weights)
+            return dense(x, gate, weight, scale_inv, second, second_scale_inv, LayerKey(self.name))
+        return _run(self, x, gate, weight, scale_inv, second, second_scale_inv)
 
     def by_engine(self, x: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
         """The same by the engine's own products."""
@@ -90,7 +90,7 @@ class FewRows:
         return [apply(layer, x, None) for apply, layer in zip(self._applies, self.layers, strict=True)]
 
 
-def _weight(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return layer.weight, getattr(layer, "weight_scale_inv", None)
 
 
@@ -149,6 +149,8 @@ def dense(
 ) -> list[torch.Tensor]:
     """The products of the `FewRows` of this name, whose weights these are. RuntimeError if they are another's."""
     few = _BY_NAME[key.name]
-    if few.layers[0].weight.data_ptr() != weight.data_ptr():
-        raise RuntimeError(f"two layers of compiled models are named {key.name!r} in this process: start one engine in it")
+    if _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
+        raise RuntimeError(
+            f"two layers of compiled models are named {key.name!r} in this process: start one engine in it"
+        )
     return _run(few, x, gate, weight, scale_inv, second, second_scale_inv)

@@ -38,7 +38,9 @@ def fits_few(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | No
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None, name: str) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"{op}: x is {list(x.shape)} and {name} is {list(weight.shape)}; they must be [M, K] and [N, K]")
+        raise ValueError(
+            f"{op}: x is {list(x.shape)} and {name} is {list(weight.shape)}; they must be [M, K] and [N, K]"
+        )
     if x.shape[0] > MAX_ROWS:
         raise ValueError(f"{op}: x has {x.shape[0]} rows; it takes at most {MAX_ROWS}")
     if x.dtype not in FLOATS:
@@ -49,8 +51,8 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tens
         raise ValueError(f"{op}: {name} is {weight.dtype} {given} factors; it must be {wanted}, as x or in FP8 blocks")
     if scale_inv is not None and not _blocks_fit(weight, scale_inv):
         raise ValueError(
-            f"{op}: the factors of {name} {list(weight.shape)} are {scale_inv.dtype} {list(scale_inv.shape)}; they must be "
-            f"torch.float32, one a block of 128 x 128 or of a smaller power of two"
+            f"{op}: the factors of {name} {list(weight.shape)} are {scale_inv.dtype} {list(scale_inv.shape)}; they "
+            "must be torch.float32, one a block of 128 x 128 or of a smaller power of two"
         )
 
 
