@@ -167,7 +167,7 @@ def _matrix_product(
     tl.store(out_ptr + ms.to(tl.int64)[:, None] * N + rows[None, :], out, mask=(ms < M)[:, None] & (rows < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])  # which only masks
+@triton.jit(do_not_specialize=["M"])
 def few_matmul_kernel(
     x_ptr,
     gate_ptr,

@@ -89,7 +89,7 @@ def test_two_weights(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 4, 5])
 def test_behind_a_gate(M: int, dtype: torch.dtype, backend: str, device: str) -> None:
-    x, gate = rows_of(M, 300, dtype, device), rows_of(M, 300, dtype, device)
+    x, gate = rows_of(M, 300, dtype, device), torch.randn(M, 300, device=device).to(dtype)
     weight, scale = stored(20, 300, dtype, (128, 128), device)
     actual = gemm.few_matmul(x, weight, scale, gate, backend=backend)
     expected = product(x.double() * torch.sigmoid(gate.double()), weight, scale)
