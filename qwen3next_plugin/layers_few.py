@@ -148,9 +148,9 @@ def dense(
     key: LayerKey,
 ) -> list[torch.Tensor]:
     """The products of the `FewRows` of this name, whose weights these are. RuntimeError if they are another's."""
-    few = _BY_NAME[key.name]
-    if _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
+    few = _BY_NAME.get(key.name)
+    if few is None or _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
         raise RuntimeError(
-            f"two layers of compiled models are named {key.name!r} in this process: start one engine in it"
+            f"the compiled layer {key.name!r} is no longer the last of its name in this process: start one engine in it"
         )
     return _run(few, x, gate, weight, scale_inv, second, second_scale_inv)
