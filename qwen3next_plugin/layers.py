@@ -15,6 +15,7 @@ from .config import LayerKind, Qwen3NextSpec
 from .kernels.gdn.step import GdnParameters
 from .kernels.rope import qk_norm_rope, sigmoid_gate
 from .layers_base import ParallelLayers, WeightHolder, ZeroCentredRMSNorm, frozen_parameter
+from .layers_few import FewRows, take_few_rows
 from .layers_moe import GatedMLP, SparseMoE
 from .weights import shard_fused
 
@@ -41,7 +42,9 @@ class GdnParts(nn.Module):
         self.in_proj_ba = layers.merged_column(
             spec.hidden_size, [gdn.num_v_heads, gdn.num_v_heads], **layers.options(f"{prefix}.in_proj_ba")
         )
+        self.in_proj = FewRows(f"{prefix}.in_proj", self.in_proj_qkvz, self.in_proj_ba)
         self.out_proj = layers.row(gdn.value_dim, spec.hidden_size, **layers.options(f"{prefix}.out_proj"))
+        take_few_rows(f"{prefix}.out_proj", self.out_proj)
 
         def load(name: str, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
             parameter.data.copy_(shard_fused(f"{prefix}.{name}", loaded, spec, rank, size))
@@ -53,6 +56,9 @@ class GdnParts(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]."""
+        if self.in_proj.runs(hidden_states, self.in_proj_qkvz, self.in_proj_ba):
+            qkvz, ba = self.in_proj(hidden_states)
+            return qkvz, ba
         return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0]
 
     def gates(self, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +101,15 @@ class GatedAttentionParts(nn.Module):
             attention.num_kv_heads,
             **layers.options(f"{prefix}.qkv_proj"),
         )
+        take_few_rows(f"{prefix}.qkv_proj", self.qkv_proj)
         self.o_proj = layers.row(
             attention.num_heads * attention.head_dim, spec.hidden_size, **layers.options(f"{prefix}.o_proj")
         )
+        self.gated: FewRows | None = None
+        if layers.size == 1:  # else the sum over ranks comes after the product, and is the engine's
+            self.gated = FewRows(f"{prefix}.o_proj", self.o_proj)
+        else:
+            take_few_rows(f"{prefix}.o_proj", self.o_proj)
         self.q_norm = WeightHolder(attention.head_dim)
         self.k_norm = WeightHolder(attention.head_dim)
         self.cos_sin: torch.Tensor
@@ -119,6 +131,8 @@ class GatedAttentionParts(nn.Module):
 
     def finish(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Both [T, heads * D] -> [T, hidden_size], summed over the ranks."""
+        if self.gated is not None and self.gated.runs(attended, self.o_proj):
+            return self.gated(attended, gate)[0]
         return self.o_proj(sigmoid_gate(attended, gate))[0]
 
 

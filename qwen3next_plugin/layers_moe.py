@@ -14,6 +14,7 @@ from .errors import PluginError
 from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
+from .layers_few import take_few_rows
 from .layers_fp8 import Fp8Columns, Fp8Rows, cuts_fp8_blocks
 from .layers_integer import IntegerExperts
 from .weights import Placement
@@ -152,6 +153,7 @@ class SparseMoE(nn.Module):
         self.moe = moe = spec.moe
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
+        take_few_rows(f"{prefix}.gate", self.gate)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
         stored = layers.integer_format(f"{prefix}.experts.w13")
         self.joined = joins_experts(spec, layers, prefix)

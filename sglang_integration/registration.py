@@ -123,6 +123,11 @@ RELIANCES = [
         "to tell SGLang each layer's kind",
         attributes=("full_attention", "linear_attention"),
     ),
+    Reliance(
+        "sglang.srt.layers.quantization.base_config.LinearMethodBase.apply",
+        "to run few rows through our product",
+        parameters=("layer", "x", "bias"),
+    ),
     Reliance("sglang.srt.environ.envs.SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "to respect it"),
 ]
 

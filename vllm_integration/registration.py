@@ -34,6 +34,12 @@ RELIANCES = [
         ("model_executor.layers.quantization.register_quantization_config", "to run packed integers on our layers"),
         ("v1.attention.backends.utils.mamba_get_block_table_tensor", "to find a request's state blocks"),
     )
+] + [
+    Reliance(
+        "vllm.model_executor.layers.linear.LinearMethodBase.apply",
+        "to run few rows through our product",
+        parameters=("layer", "x", "bias"),
+    )
 ]
 
 

@@ -4,15 +4,20 @@ import torch
 
 from .. import dispatch
 from . import formats, reference
+from .few import MAX_ROWS, few_matmul, few_matmul_pair, fits_few
 from .formats import check_quantized, check_rounding, columns_of
 from .policy import activation_text, integer_text, quantizes_activations
 from .reference import FP8, block_size, dequantize_block, has_row_factors, quantize_block
 
 __all__ = [
     "FP8",
+    "MAX_ROWS",
     "block_fp8_matmul",
     "block_size",
     "dequantize_block",
+    "few_matmul",
+    "few_matmul_pair",
+    "fits_few",
     "quantize_block",
     "quantize_tokens",
     "quantized_matmul",

@@ -36,6 +36,14 @@ def _w_factor(pointers, mask, ONE_FACTOR: tl.constexpr):
 
 
 @triton.jit
+def widened(codes):
+    """Weights as float32; FP8 may come as bytes."""
+    if codes.dtype == tl.uint8:
+        return decode_e4m3(codes)
+    return codes.to(tl.float32)
+
+
+@triton.jit
 def scaled_product(
     a_ptrs,
     a_mask,

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qwen3next_plugin.kernels.gemm import policy
+from qwen3next_plugin.kernels.gemm import policy, triton_few
 from qwen3next_plugin.kernels.gemm import triton as gemm
 from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.norm import triton as norm
@@ -71,6 +71,23 @@ def launch_all(dtype: torch.dtype) -> None:
             gemm.block_fp8_matmul(torch.zeros(rows, HIDDEN, dtype=dtype), codes, scale, rounded)
 
 
+def launch_few(rows: int) -> None:
+    """The projections of a layer with few rows, FP8 and bf16: two at once, one, one behind a gate, and the router's."""
+    x, wide = (torch.zeros(rows, columns, dtype=torch.bfloat16) for columns in (HIDDEN, 4096))
+
+    def plain(outputs: int) -> tuple[torch.Tensor, None]:
+        return torch.zeros(outputs, HIDDEN, dtype=torch.bfloat16), None
+
+    codes, scale = torch.zeros(12288, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(96, 16)
+    triton_few.few_matmul(x, codes, scale, second=plain(64))
+    triton_few.few_matmul(x, codes[:9216], scale[:72])
+    triton_few.few_matmul(x, *plain(9216))
+    triton_few.few_matmul(x, *plain(512))
+    for gate in (None, wide):
+        triton_few.few_matmul(wide, codes.view(-1, 4096)[:HIDDEN], torch.zeros(16, 32), gate)
+        triton_few.few_matmul(wide, torch.zeros(HIDDEN, 4096, dtype=torch.bfloat16), None, gate)
+
+
 def launch_experts(dtype: torch.dtype, tokens: int) -> None:
     """The experts in `dtype`, with FP8 weights, and with FP8 activations too; on one rank and on the last of eight."""
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
@@ -91,6 +108,8 @@ def main() -> None:
     JITFunction.run = compile_only(JITFunction.run)
     policy.decodes_weights = lambda device: CAPABILITY < 89
     launch_all(torch.bfloat16)
+    for rows in (1, 4, 16):
+        launch_few(rows)
     for tokens in (1, 17, 1000):  # a few, and the first and the last row of the table of tile sizes
         launch_experts(torch.bfloat16, tokens)
     print(json.dumps(SHARED))

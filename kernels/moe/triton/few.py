@@ -11,20 +11,12 @@ import triton.language as tl
 
 from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, GROUP, block_size, has_row_factors
-from ...gemm.triton import decode_e4m3
+from ...gemm.triton import widened
 
 MAX_TOKENS = 8
 _ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
 _DEPTH = 256  # columns of them loaded at once by gate and up
 _LANES = 2048  # columns of several choices' down matrices loaded at once
-
-
-@triton.jit
-def _widened(codes):
-    """Weights as float32; FP8 may come as bytes."""
-    if codes.dtype == tl.uint8:
-        return decode_e4m3(codes)
-    return codes.to(tl.float32)
 
 
 @triton.jit
@@ -75,8 +67,8 @@ def _gate_up_kernel(
                 factors = scale_ptr + (k + ks) // SCALE_K
                 for_gate = for_gate * tl.load(factors, mask=inside, other=0.0)
                 for_up = for_up * tl.load(factors + up_scale_offset, mask=inside, other=0.0)
-            gate += _widened(gate_rows) * for_gate[None, :]
-            up += _widened(up_rows) * for_up[None, :]
+            gate += widened(gate_rows) * for_gate[None, :]
+            up += widened(up_rows) * for_up[None, :]
         gated = tl.sum(gate, axis=1)
         gated = gated * tl.sigmoid(gated) * tl.sum(up, axis=1)
         tl.store(out_ptr + pair.to(tl.int64) * inner + cols, gated, mask=cols < inner)
@@ -129,7 +121,7 @@ def _down_kernel(
         if SCALED:
             factors = scale_ptr + expert * scale_stride_e + (first // SCALE_N) * scale_stride_n + column // SCALE_K
             gated *= tl.load(factors, mask=held, other=0.0)
-        total += _widened(down_rows) * gated[None, :]
+        total += widened(down_rows) * gated[None, :]
     result = tl.sum(total, axis=1)
     tl.store(out_ptr + token * H + rows, result.to(out_ptr.dtype.element_ty), mask=rows < H)
 

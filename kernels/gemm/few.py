@@ -1,0 +1,143 @@
+"""Products of a few rows with weights as they are stored: bf16 or FP8 in blocks, x never rounded."""
+
+import torch
+
+from .. import dispatch
+from ..checks import FLOATS
+from .reference import FP8, block_size, dequantize_block, has_row_factors
+
+MAX_ROWS = 16
+
+dispatch.declare("few_matmul", cuda=f"triton (up to {MAX_ROWS} rows, activations kept)")
+
+
+def _blocks_fit(weight: torch.Tensor, scale_inv: torch.Tensor) -> bool:
+    if scale_inv.dtype is not torch.float32 or scale_inv.dim() != 2 or has_row_factors(weight, scale_inv):
+        return False
+    try:
+        block_size(weight, scale_inv)
+    except ValueError:
+        return False
+    return True
+
+
+def fits_few(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None) -> bool:
+    """Whether `few_matmul` takes this weight as it is, without a copy, for x with few enough rows.
+
+    So that an engine's layer, which may have re-laid its weight for its own kernels, can be asked first. The number of
+    rows is left out: while a graph is compiled it is not known.
+    """
+    if x.dim() != 2 or x.dtype not in FLOATS or weight.dim() != 2:
+        return False
+    if weight.shape[1] != x.shape[1] or weight.stride(1) != 1 or weight.device != x.device:
+        return False
+    if scale_inv is None:
+        return weight.dtype is x.dtype
+    return weight.dtype is FP8 and scale_inv.device == x.device and _blocks_fit(weight, scale_inv)
+
+
+def _check(op: str, x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None, name: str) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x is {list(x.shape)} and {name} is {list(weight.shape)}; they must be [M, K] and [N, K]"
+        )
+    if x.shape[0] > MAX_ROWS:
+        raise ValueError(f"{op}: x has {x.shape[0]} rows; it takes at most {MAX_ROWS}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x is {x.dtype}; it must be {' or '.join(map(str, FLOATS))}")
+    wanted = x.dtype if scale_inv is None else FP8
+    if weight.dtype is not wanted:
+        given = "without" if scale_inv is None else "with"
+        raise ValueError(f"{op}: {name} is {weight.dtype} {given} factors; it must be {wanted}, as x or in FP8 blocks")
+    if scale_inv is not None and not _blocks_fit(weight, scale_inv):
+        raise ValueError(
+            f"{op}: the factors of {name} {list(weight.shape)} are {scale_inv.dtype} {list(scale_inv.shape)}; they "
+            "must be torch.float32, one a block of 128 x 128 or of a smaller power of two"
+        )
+
+
+def _check_gate(x: torch.Tensor, gate: torch.Tensor | None) -> None:
+    if gate is not None and (gate.shape != x.shape or gate.dtype != x.dtype):
+        raise ValueError(
+            f"few_matmul: gate is {gate.dtype} {list(gate.shape)}; it must be as x, {x.dtype} {list(x.shape)}"
+        )
+
+
+def _reference(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None) -> torch.Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    values = weight.to(compute) if scale_inv is None else dequantize_block(weight, scale_inv, compute)
+    return x.to(compute) @ values.mT
+
+
+def _few_matmul_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@dispatch.custom_op(fake=_few_matmul_fake)
+def few_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """(x * sigmoid(gate)) @ (weight * scale_inv expanded over its blocks).T of at most `MAX_ROWS` rows, in one launch
+    (two where there is a gate and more than four rows).
+
+    x [M, K] and gate (optional) bf16/fp16/fp32, rows may be strided; weight [N, K] as x, or float8_e4m3fn with
+    scale_inv [ceil(N/128), ceil(K/128)] float32 of any strides (smaller blocks: see `block_size`) -> [M, N] in x's
+    dtype, accumulated in float32. Raises ValueError for what does not fit.
+    """
+    _check("few_matmul", x, weight, scale_inv, "weight")
+    _check_gate(x, gate)
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        values = x.to(compute) if gate is None else x.to(compute) * torch.sigmoid(gate.to(compute))
+        return _reference(values, weight, scale_inv).to(x.dtype)
+    from . import triton_few
+
+    return triton_few.few_matmul(x, weight, scale_inv, gate)[0]
+
+
+def _few_matmul_pair_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor,
+    second_scale_inv: torch.Tensor | None,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], second.shape[0]))
+
+
+@dispatch.custom_op(fake=_few_matmul_pair_fake)
+def few_matmul_pair(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor,
+    second_scale_inv: torch.Tensor | None,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x's products with two weights, [M, N] and [M, N2], in one launch; each weight is as `few_matmul` takes it.
+
+    Raises ValueError for what does not fit.
+    """
+    _check("few_matmul_pair", x, weight, scale_inv, "weight")
+    _check("few_matmul_pair", x, second, second_scale_inv, "second")
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        return _reference(x, weight, scale_inv).to(x.dtype), _reference(x, second, second_scale_inv).to(x.dtype)
+    from . import triton_few
+
+    first, other = triton_few.few_matmul(x, weight, scale_inv, second=(second, second_scale_inv))
+    return first, other

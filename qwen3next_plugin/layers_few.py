@@ -1,0 +1,156 @@
+"""What an engine's linear layers do with a few rows: our product instead of theirs, in one launch.
+
+The engine builds the layers, loads and re-lays their weights, sums over ranks, and runs more rows itself. The place
+where its layer asks its quantisation method for the product of this rank, `quant_method.apply`, is the same in both
+engines. Where the weight is no longer [N, K] as loaded by then, or another layer stands in the place, nothing of ours
+runs.
+
+Compiled graphs serve all numbers of rows, so there the choice is made inside one opaque operation.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
+
+from .kernels import dispatch
+from .kernels.gemm import MAX_ROWS, few_matmul, few_matmul_pair, fits_few
+from .kernels.rope import sigmoid_gate
+
+dispatch.declare(
+    "dense",
+    cuda=f"triton up to {MAX_ROWS} rows; the engine's layers for more, and where it re-laid their weights",
+    cpu="reference: the engine's layers",
+)
+_BY_NAME: "weakref.WeakValueDictionary[str, FewRows]" = weakref.WeakValueDictionary()
+
+
+class LayerKey(OpaqueBase):
+    """A name that compiled graphs take as an input, so that layers of one kind share one graph and its compilation."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerKey) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+        """How torch writes the name into the code of a graph."""
+        return f"LayerKey({self.name!r})", {"LayerKey": LayerKey}
+
+
+register_opaque_type(LayerKey, typ="value", hoist=True)
+
+
+class FewRows:
+    """One of an engine's layers, or two that share their input, and how this rank's products come about.
+
+    ``name`` is one of a kind in this process among the layers of compiled models. Neither a module nor a holder of
+    parameters of its own.
+    """
+
+    def __init__(self, name: str, *layers: nn.Module) -> None:
+        self.layers = layers
+        self.name = name
+        self._applies: list[Callable[..., torch.Tensor]] = []
+        for layer in layers:
+            method: Any = getattr(layer, "quant_method", None)
+            if method is not None:  # layers of this package have none
+                self._applies.append(method.apply)
+        _BY_NAME[name] = self
+
+    def runs(self, x: torch.Tensor, *present: nn.Module) -> bool:
+        """Whether x may come here: Triton is what runs on its device, and the weights are as the product takes them.
+
+        ``present`` are the layers in the model now; one that stands in another's place (LoRA) is called instead.
+        """
+        if len(self._applies) < len(self.layers) or dispatch.choose(x, None) != dispatch.TRITON:
+            return False
+        pairs = zip(self.layers, present, strict=True)
+        return all(layer is now and fits_few(x, *_weight(layer)) for layer, now in pairs)
+
+    def __call__(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """x [T, K], which has passed `runs`, behind a gate or not -> each layer's [T, N], not summed over ranks."""
+        weight, scale_inv = _weight(self.layers[0])
+        second, second_scale_inv = _weight(self.layers[1]) if len(self.layers) > 1 else (None, None)
+        if torch.compiler.is_compiling():
+            return dense(x, gate, weight, scale_inv, second, second_scale_inv, LayerKey(self.name))
+        return _run(self, x, gate, weight, scale_inv, second, second_scale_inv)
+
+    def by_engine(self, x: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
+        """The same by the engine's own products."""
+        x = x if gate is None else sigmoid_gate(x, gate)
+        return [apply(layer, x, None) for apply, layer in zip(self._applies, self.layers, strict=True)]
+
+
+def _weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight, getattr(layer, "weight_scale_inv", None)
+
+
+def take_few_rows(name: str, layer: nn.Module) -> None:
+    """Let ``layer``, one of the engine's, take few rows through our product; others, and biases, as before."""
+    method: Any = getattr(layer, "quant_method", None)
+    if method is None:
+        return
+    few, engines = FewRows(name, layer), method.apply
+
+    def apply(asked: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if bias is None and few.runs(x, asked):
+            return few(x)[0]
+        return engines(asked, x, bias)
+
+    method.apply = apply
+
+
+def _run(
+    few: FewRows,
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    if x.shape[0] > MAX_ROWS:
+        return few.by_engine(x, gate)
+    if second is None:
+        return [few_matmul(x, weight, scale_inv, gate)]
+    return list(few_matmul_pair(x, weight, scale_inv, second, second_scale_inv))
+
+
+def _dense_fake(
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+    key: LayerKey,
+) -> list[torch.Tensor]:
+    return [x.new_empty((x.shape[0], each.shape[0])) for each in (weight, second) if each is not None]
+
+
+@dispatch.custom_op(fake=_dense_fake)
+def dense(
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+    key: LayerKey,
+) -> list[torch.Tensor]:
+    """The products of the `FewRows` of this name, whose weights these are. RuntimeError if they are another's."""
+    few = _BY_NAME.get(key.name)
+    if few is None or _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
+        raise RuntimeError(
+            f"the compiled layer {key.name!r} is no longer the last of its name in this process: start one engine in it"
+        )
+    return _run(few, x, gate, weight, scale_inv, second, second_scale_inv)

@@ -1,0 +1,217 @@
+"""Engines' linear layers whose few rows go through our product: forced on the CPU, in Triton's interpreter."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qwen3next_plugin.config import Qwen3NextSpec, parse_config
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.gemm import MAX_ROWS, dequantize_block, quantize_block
+from qwen3next_plugin.layers import GatedAttentionParts, GdnParts
+from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_few import FewRows, take_few_rows
+from qwen3next_plugin.layers_moe import SparseMoE
+from tests.configs import new_form
+from tests.helpers import relative_error
+
+from .parallel import layers
+
+HIDDEN = 64
+
+
+class Method:
+    """As engines' quantisation methods; remembers the rows of each product."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        self.rows.append(x.shape[0])
+        scale = getattr(layer, "weight_scale_inv", None)
+        weight = layer.weight if scale is None else dequantize_block(layer.weight, scale)
+        return functional.linear(x, weight, bias)
+
+
+class Linear(nn.Module):
+    """As engines' layers: a product by the method, then, of a row-parallel one, the sum over ranks."""
+
+    def __init__(self, inputs: int, outputs: Any, *, prefix: str = "", reduces: bool = False, **options: Any) -> None:
+        super().__init__()
+        outputs = sum(outputs) if isinstance(outputs, list) else outputs
+        self.quant_method, self.reduces = Method(), reduces
+        weight = torch.randn(outputs, inputs)
+        if prefix.endswith(("in_proj_qkvz", "_proj")):
+            codes, scale = quantize_block(weight)
+            self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+            weight = codes
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        output = self.quant_method.apply(self, x, None)
+        return output + 1000 if self.reduces else output, None
+
+    def exact(self, x: torch.Tensor) -> torch.Tensor:
+        scale = getattr(self, "weight_scale_inv", None)
+        weight = self.weight if scale is None else dequantize_block(self.weight, scale, torch.float64)
+        return functional.linear(x.double(), weight.double())
+
+
+def lent(size: int = 1) -> ParallelLayers:
+    def qkv(hidden: int, head_dim: int, heads: int, kv_heads: int, **options: Any) -> Linear:
+        return Linear(hidden, head_dim * (heads + 2 * kv_heads) // size, **options)
+
+    def row(inputs: int, outputs: int, **options: Any) -> Linear:
+        return Linear(inputs // size, outputs, reduces=size > 1, **options)
+
+    def column(inputs: int, outputs: list[int], **options: Any) -> Linear:
+        return Linear(inputs, [each // size for each in outputs], **options)
+
+    return dataclasses.replace(layers(0, size, None), merged_column=column, qkv=qkv, row=row, replicated=Linear)
+
+
+def small_spec() -> Qwen3NextSpec:
+    spec = parse_config(new_form())
+    gdn = dataclasses.replace(spec.gdn, num_k_heads=2, num_v_heads=4, head_k_dim=8, head_v_dim=8)
+    attention = dataclasses.replace(spec.attention, num_heads=2, num_kv_heads=2, head_dim=16)
+    moe = dataclasses.replace(
+        spec.moe, num_experts=4, top_k=2, intermediate_size=16, shared_intermediate_size=16, norm_topk_prob=True
+    )
+    return dataclasses.replace(spec, hidden_size=HIDDEN, gdn=gdn, attention=attention, moe=moe)
+
+
+@pytest.fixture
+def forced(device: str) -> Iterator[str]:
+    """Triton wherever the tensors are, as on a GPU."""
+    dispatch.prefer("triton")
+    yield device
+    dispatch.prefer(None)
+
+
+def gdn(device: str, name: str = "model.layers.0.linear_attn") -> Any:
+    return GdnParts(small_spec(), lent(), name).to(device)
+
+
+@pytest.mark.parametrize("rows", [1, 5, MAX_ROWS])
+def test_two_projections_at_once(rows: int, forced: str) -> None:
+    parts, x = gdn(forced), torch.randn(rows, HIDDEN, device=forced)
+    for actual, layer in zip(parts.project(x), (parts.in_proj_qkvz, parts.in_proj_ba), strict=True):
+        assert relative_error(actual, layer.exact(x)) < 1e-6
+        assert layer.quant_method.rows == []
+    core = torch.randn(rows, 4, 8, device=forced)
+    assert relative_error(parts.finish(core), parts.out_proj.exact(core.flatten(1))) < 1e-6
+    assert parts.out_proj.quant_method.rows == []
+
+
+def test_more_rows_are_the_engines(forced: str) -> None:
+    parts, x = gdn(forced), torch.randn(MAX_ROWS + 1, HIDDEN, device=forced)
+    for actual, layer in zip(parts.project(x), (parts.in_proj_qkvz, parts.in_proj_ba), strict=True):
+        assert torch.equal(actual, Method().apply(layer, x)) and layer.quant_method.rows == [MAX_ROWS + 1]
+    core = torch.randn(MAX_ROWS + 1, 4, 8, device=forced)
+    assert torch.equal(parts.finish(core), Method().apply(parts.out_proj, core.flatten(1)))
+
+
+def test_on_a_cpu_all_are_the_engines() -> None:
+    parts, x = gdn("cpu"), torch.randn(2, HIDDEN)
+    parts.project(x)
+    parts.finish(torch.randn(2, 4, 8))
+    for layer in (parts.in_proj_qkvz, parts.in_proj_ba, parts.out_proj):
+        assert layer.quant_method.rows == [2]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("rows", [2, 6, MAX_ROWS + 1])
+def test_attention_behind_its_gate(rows: int, size: int, forced: str) -> None:
+    """On several ranks the engine's layer sums over them, whoever computed the product."""
+    parts: Any = GatedAttentionParts(small_spec(), lent(size), torch.zeros(8, 4), "model.layers.3.self_attn").to(forced)
+    attended, gate = (torch.randn(rows, 2 * 16 // size, device=forced) for _ in range(2))
+    expected = parts.o_proj.exact(attended.double() * torch.sigmoid(gate.double())) + (1000 if size > 1 else 0)
+    assert relative_error(parts.finish(attended, gate), expected) < 1e-6
+    x = torch.randn(rows, HIDDEN, device=forced)
+    assert relative_error(parts.qkv_proj(x)[0], parts.qkv_proj.exact(x)) < 1e-6
+    for layer in (parts.o_proj, parts.qkv_proj):
+        assert layer.quant_method.rows == ([rows] if rows > MAX_ROWS else [])
+
+
+def test_the_routers_logits(forced: str) -> None:
+    moe: Any = SparseMoE(small_spec(), lent(), "model.layers.0.mlp").to(forced)
+    x = torch.randn(3, HIDDEN, device=forced)
+    assert relative_error(moe.gate(x)[0], moe.gate.exact(x)) < 1e-6
+    moe.gate(torch.randn(20, HIDDEN, device=forced))
+    assert moe.gate.quant_method.rows == [20]
+
+
+def test_a_layer_in_anothers_place_is_called(forced: str) -> None:
+    """As LoRA does it, around the engine's layer."""
+
+    class Around(nn.Module):
+        def __init__(self, base: Linear) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return self.base(x)[0] + 1, None
+
+    parts, x = gdn(forced), torch.randn(2, HIDDEN, device=forced)
+    plain = parts.in_proj_ba
+    parts.in_proj_ba = Around(plain)
+    assert relative_error(parts.project(x)[1], plain.exact(x) + 1) < 1e-6
+
+
+def test_weights_that_the_engine_re_laid_are_its_own(forced: str) -> None:
+    layer, x = Linear(32, 48, prefix="q_proj").to(forced), torch.randn(2, 32, device=forced)
+    take_few_rows("re-laid", layer)
+    layer(x)
+    assert layer.quant_method.rows == []
+    layer.weight_scale_inv.data = layer.weight_scale_inv.data.half()
+    layer(x)
+    assert layer.quant_method.rows == [2]
+
+
+def test_a_bias_is_the_engines(forced: str) -> None:
+    layer, x = Linear(32, 48).to(forced), torch.randn(2, 32, device=forced)
+    take_few_rows("biased", layer)
+    bias = torch.randn(48, device=forced)
+    assert torch.equal(layer.quant_method.apply(layer, x, bias), functional.linear(x, layer.weight, bias))
+    assert layer.quant_method.rows == [2]
+
+
+def compiled(parts: Any) -> tuple[Any, list[str]]:
+    """Its projection as one graph for any number of rows, and the graphs' code."""
+    torch._dynamo.reset()
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    return torch.compile(parts.project, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+def test_one_graph_serves_all_numbers_of_rows_and_all_layers(forced: str) -> None:
+    """Names are inputs of graphs, for an engine compiles equal graphs once."""
+    codes = []
+    for name in ("model.layers.0.linear_attn", "model.layers.1.linear_attn"):
+        parts = gdn(forced, name)
+        project, graphs = compiled(parts)
+        for rows in (3, MAX_ROWS, 40):
+            x = torch.randn(rows, HIDDEN, device=forced)
+            for actual, layer in zip(project(x), (parts.in_proj_qkvz, parts.in_proj_ba), strict=True):
+                assert relative_error(actual, layer.exact(x)) < 1e-6
+        assert parts.in_proj_ba.quant_method.rows == [40] and len(graphs) == 1
+        codes += graphs
+    assert codes[0] == codes[1] and "linear_attn" not in codes[0].replace("L_self", "")
+
+
+def test_two_models_layers_of_one_name_are_not_mixed_up(forced: str) -> None:
+    parts, x = gdn(forced), torch.randn(3, HIDDEN, device=forced)
+    project, _ = compiled(parts)
+    project(x)
+    other = FewRows("model.layers.0.linear_attn.in_proj", Linear(HIDDEN, 8).to(forced), Linear(HIDDEN, 8).to(forced))
+    with pytest.raises(RuntimeError, match=r"'model.layers.0.linear_attn.in_proj' is no longer the last"):
+        project(x)
+    assert other.name == parts.in_proj.name
