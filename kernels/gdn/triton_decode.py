@@ -11,9 +11,9 @@ from .triton_formula import EPSILON, advance_once, as_stored, decay_of
 # A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor and
 # one computes while others wait for memory; of a few rows each has a multiprocessor to itself and takes a state whole.
 MANY_PROGRAMS = 256
-# By bytes of a state's element: elements that a program of many holds at a time, its warps, and whether it asks for the
-# next ones before it works on these. Narrow states have half the bytes in flight, and need the latter.
-TILES = {4: (4096, 4, False), 2: (1024, 2, True)}
+# By bytes of a state's element: elements that a program of many holds at a time, and its warps. It asks for the next
+# ones before it works on these, for which a whole state would leave no registers.
+TILES = {4: (2048, 2), 2: (1024, 2)}
 ELEMENTS_A_WARP = 1024
 MAX_WARPS = 16
 
@@ -272,9 +272,9 @@ def gdn_decode_fused(
     num_warps = min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP))
     ahead = False
     if programs >= MANY_PROGRAMS:
-        tile, warps, ahead = TILES[ssm_state.element_size()]
+        tile, warps = TILES[ssm_state.element_size()]
         if block_k * block_v > tile:
-            block_v, num_warps = max(1, tile // block_k), warps
+            block_v, num_warps, ahead = max(1, tile // block_k), warps, True
     _gdn_decode_kernel[(programs,)](
         mixed_qkv,
         z,

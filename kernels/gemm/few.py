@@ -90,7 +90,7 @@ def few_matmul(
     backend: str | None = None,
 ) -> torch.Tensor:
     """(x * sigmoid(gate)) @ (weight * scale_inv expanded over its blocks).T of at most `MAX_ROWS` rows, in one launch
-    (two where there is a gate and more than four rows).
+    (two where there is a gate and more than two rows).
 
     x [M, K] and gate (optional) bf16/fp16/fp32, rows may be strided; weight [N, K] as x, or float8_e4m3fn with
     scale_inv [ceil(N/128), ceil(K/128)] float32 of any strides (smaller blocks: see `block_size`) -> [M, N] in x's

@@ -17,7 +17,7 @@ from .policy import weight_codes
 from .reference import GROUP, block_size
 from .triton_few_kernel import few_matmul_kernel
 
-VECTOR_ROWS = 4
+VECTOR_ROWS = 2
 _TILE_ROWS = 16  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight

@@ -72,7 +72,7 @@ def _vector_products(
     GATED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """out[m + i, n] = weight row n . x row m + i, for up to four rows of x and BLOCK_N rows of the weight.
+    """out[m + i, n] = weight row n . x row m + i, for up to two rows of x and BLOCK_N rows of the weight.
 
     LOAD columns lie together in a thread, which sums them first; what is left of a row is multiplied by its blocks'
     factors, and summed over the threads once.

@@ -13,7 +13,7 @@ from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, GROUP, block_size, has_row_factors
 from ...gemm.triton import widened
 
-MAX_TOKENS = 8
+MAX_TOKENS = 4
 _ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
 _DEPTH = 256  # columns of them loaded at once by gate and up
 _LANES = 2048  # columns of several choices' down matrices loaded at once
