@@ -15,6 +15,7 @@ from .rope_request import RopeShortcut, parse_shortcut
 PREFIX = "QWEN3NEXT_"
 
 Kernels = Literal["auto", "triton", "reference"]
+GdnPrefill = Literal["auto", "own", "fla", "flashinfer"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Settings:
             "values": {"auto": "auto", "triton": "triton", "reference": "reference"},
             "help": "auto takes Triton on a GPU and plain torch on a CPU; triton or reference force one of them "
             "(triton on a CPU needs TRITON_INTERPRET=1). Default auto.",
+        },
+    )
+    gdn_prefill: GdnPrefill = field(
+        default="auto",
+        metadata={
+            "variable": "QWEN3NEXT_GDN_PREFILL",
+            "values": {"auto": "auto", "own": "own", "fla": "fla", "flashinfer": "flashinfer"},
+            "help": "Who runs the prefill of Gated DeltaNet layers on a GPU: own, this plugin's kernels; fla or "
+            "flashinfer, the engine's, wherever they can; auto, whichever is expected to be fastest. Default auto.",
         },
     )
     rope: RopeShortcut | None = field(
@@ -84,18 +94,23 @@ class Settings:
         return None if self.kernels == "auto" else self.kernels
 
     def tell_kernels(self) -> None:
-        """Makes the kernels of this process follow ``kernels`` and ``moe_configs``; SettingsError if they cannot."""
+        """Makes the kernels of this process follow these settings; SettingsError if they cannot."""
         from .kernels.dispatch import prefer  # here, for the command line must not wait for torch
+        from .kernels.gdn.peers import prefer_prefill
         from .kernels.moe.config import use_folder
 
         prefer(self.backend)
+        prefer_prefill(self.gdn_prefill)
         try:
             use_folder(self.moe_configs)
         except ValueError as error:
             raise SettingsError(f"QWEN3NEXT_MOE_CONFIGS: {error}.") from None
 
     def check_device(self, device_type: str) -> None:
-        """Raise SettingsError if ``kernels`` cannot run on this device type ("cuda" or "cpu")."""
+        """Raise SettingsError if ``kernels`` or ``gdn_prefill`` cannot run on this device type ("cuda" or "cpu")."""
+        if self.gdn_prefill in ("fla", "flashinfer") and (device_type == "cpu" or self.kernels == "reference"):
+            where = "on a CPU" if device_type == "cpu" else "beside QWEN3NEXT_KERNELS=reference"
+            raise SettingsError(f"QWEN3NEXT_GDN_PREFILL is {self.gdn_prefill!r} {where}: use auto or own.")
         if self.kernels == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise SettingsError("QWEN3NEXT_KERNELS is 'triton' on a CPU: use auto or reference, or TRITON_INTERPRET=1.")
 
@@ -131,6 +146,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         enabled=bool(values.get("enabled", True)),
         kernels=cast(Kernels, values.get("kernels", "auto")),
+        gdn_prefill=cast(GdnPrefill, values.get("gdn_prefill", "auto")),
         rope=cast(RopeShortcut | None, values.get("rope")),
         moe_configs=cast(Path | None, values.get("moe_configs")),
         record=cast(Path | None, values.get("record")),

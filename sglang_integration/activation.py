@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from functools import lru_cache
 
 import sglang
 import torch
+from transformers import PretrainedConfig
 
 from qwen3next_plugin.activation import activation_line, plugin_version
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.dispatch import describe
 from qwen3next_plugin.settings import read_settings
 
+from .gdn_peers import offer_engine_prefills
 from .refusal import refuse
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -25,12 +26,23 @@ def say_stock() -> None:
         logger.warning("qwen3next-plugin %s: QWEN3NEXT_PLUGIN=0, this server is stock SGLang.", plugin_version())
 
 
-@lru_cache(maxsize=1)
-def announce() -> None:
-    """Logs the activation line once a process, from the model itself: no model of ours, no line."""
+_announced = False
+
+
+def announce(config: PretrainedConfig) -> None:
+    """Logs the activation line once a process, from the model itself: no model of ours, no line.
+
+    Before it, on a GPU, tries what SGLang brings for prefills: the line says what was found. config: the model's.
+    """
+    global _announced
+    if _announced:
+        return
+    _announced = True
     device = torch.get_default_device()
     try:
         read_settings().check_device(device.type)
+        if device.type == "cuda":
+            offer_engine_prefills(config)
     except SettingsError as error:
         refuse(error)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -24,6 +24,7 @@ from .gdn_metadata import (
     masked_slots,
     prefill_rows,
 )
+from .gdn_peers import snapshot_grid
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
 
@@ -58,6 +59,7 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         pool = self.req_to_token_pool.mamba_pool
         _refuse_unservable(self.topk, pool)
         self.draft_records: DraftRecords | None = getattr(pool, "draft_records", None)
+        self.snapshot_grid = snapshot_grid() or SNAPSHOT_GRID
         # Filled within a captured graph, which alone sees a replay's mask of rows to keep.
         self.snapshot_slots: torch.Tensor | None = None
         # SGLang has just logged kernels of its own, some of which it chooses by the GPU: say that they do not run.
@@ -83,7 +85,7 @@ class Qwen3NextGdnBackend(MambaAttnBackendBase):
         elif mode.is_decode_or_idle() or mode.is_target_verify():
             self.forward_metadata = self._token_rows(batch, mode, slots, self._query_start_loc(batch, mode))
         elif mode.is_extend():
-            rows = prefill_rows(batch, slots, self._snapshot_slots_of(batch))
+            rows = prefill_rows(batch, slots, self._snapshot_slots_of(batch), self.snapshot_grid)
             self.forward_metadata = Qwen3NextGdnMetadata(slots, prefill=rows)
         else:
             raise ValueError(f"forward_mode is {mode}; Gated DeltaNet layers decode, verify, extend or idle")

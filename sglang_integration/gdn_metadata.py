@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qwen3next_plugin.kernels.gdn import SNAPSHOT_GRID, PackedRows
 from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows
 
 PADDING = -1
@@ -44,20 +45,28 @@ def prefill_rows(
     batch: Any,
     slots: torch.Tensor,
     snapshot_slots: torch.Tensor | None,
+    snapshot_grid: int = SNAPSHOT_GRID,
 ) -> PrefillRows:
     """Rows of a step that continues prompts: SGLang's EXTEND, or MIXED, whose decode rows are extensions by one token.
 
-    batch: SGLang's ForwardBatch; snapshot_slots [rows], `PADDING` where the radix tree wants nothing, or None.
+    batch: SGLang's ForwardBatch; snapshot_slots [rows], `PADDING` where the radix tree wants nothing, or None;
+    snapshot_grid: where it can want something, in tokens of a row.
     """
+    lengths = batch.extend_seq_lens_cpu
+    packed = None
+    # Rows lie one behind the other from token 0 on. Rows that only fill up a batch may have lengths and no tokens.
+    if lengths and len(lengths) == slots.shape[0] and sum(lengths) <= batch.input_ids.shape[0]:
+        packed = PackedRows.of(lengths, slots.device, snapshot_grid=snapshot_grid)
     positions = batch.mamba_track_aligned_lens() if snapshot_slots is not None else None
     return PrefillRows(
         query_start=batch.extend_start_loc,
         query_end=batch.extend_start_loc + batch.extend_seq_lens,
         state_slots=slots,
         has_initial_state=batch.extend_prefix_lens > 0,
-        max_query_len=max(batch.extend_seq_lens_cpu or (batch.input_ids.shape[0],)),
+        max_query_len=max(lengths or (batch.input_ids.shape[0],)),
         snapshot_positions=positions,
         snapshot_slots=snapshot_slots if positions is not None else None,
+        packed=packed,
     )
 
 

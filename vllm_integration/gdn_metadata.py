@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+from qwen3next_plugin.kernels.gdn import PackedRows
 from qwen3next_plugin.kernels.gdn.step import PrefillRows, RecurrentRows
 
 
@@ -144,7 +145,8 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
             selections = [part.nonzero().squeeze(1).to(**to_device) for part in (is_recurrent, ~is_recurrent)]
         recurrent = self._recurrent(m, slots, selections[0], num_accepted_tokens) if num_recurrent else None
         max_query_len = int(query_lens_cpu[~is_recurrent].max())
-        return Qwen3NextGdnMetadata(self._prefill(m, slots, selections[1], max_query_len), recurrent)
+        packed = self._packed(m.query_start_loc_cpu, ~is_recurrent, slots.device)
+        return Qwen3NextGdnMetadata(self._prefill(m, slots, selections[1], max_query_len, packed), recurrent)
 
     def _recurrent_rows(
         self, m: CommonAttentionMetadata, query_lens_cpu: torch.Tensor, drafts_cpu: torch.Tensor | None
@@ -185,8 +187,20 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
         )
 
     @staticmethod
+    def _packed(query_start_loc_cpu: torch.Tensor, rows: torch.Tensor, device: torch.device) -> PackedRows | None:
+        """The prefill rows as the host knows them, if no other row's tokens lie between theirs."""
+        starts, ends = query_start_loc_cpu[:-1][rows], query_start_loc_cpu[1:][rows]
+        if not torch.equal(starts[1:], ends[:-1]):
+            return None
+        return PackedRows.of((ends - starts).tolist(), device, int(starts[0]))
+
+    @staticmethod
     def _prefill(
-        m: CommonAttentionMetadata, slots: torch.Tensor, select: slice | torch.Tensor, max_query_len: int
+        m: CommonAttentionMetadata,
+        slots: torch.Tensor,
+        select: slice | torch.Tensor,
+        max_query_len: int,
+        packed: PackedRows | None,
     ) -> PrefillRows:
         return PrefillRows(
             query_start=m.query_start_loc[:-1][select],
@@ -194,6 +208,7 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
             state_slots=slots[:, 0][select],
             has_initial_state=m.compute_num_computed_tokens()[: m.num_reqs][select] > 0,
             max_query_len=max_query_len,
+            packed=packed,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Qwen3NextGdnMetadata:

@@ -14,6 +14,8 @@ behind the delta rule in one launch. Where the engine commits what it accepted a
 drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states of all layers.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from ..checks import check_optional
@@ -21,13 +23,23 @@ from ..dispatch import TRITON, choose, declare
 from . import reference
 from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
+from .packed import PackedRows
+from .peers import HeadShape, choose_peer, describe_prefill, run_peer
 from .records import DraftRecords
 from .reference import SNAPSHOT_GRID
-from .validation import check_decode_rows, check_output_slots, check_prefill_rows, check_tokens, check_verify_rows
+from .validation import (
+    check_decode_rows,
+    check_output_slots,
+    check_packed,
+    check_prefill_rows,
+    check_tokens,
+    check_verify_rows,
+)
 
 __all__ = [
     "SNAPSHOT_GRID",
     "DraftRecords",
+    "PackedRows",
     "gdn_commit",
     "gdn_decode",
     "gdn_decode_fused",
@@ -36,7 +48,7 @@ __all__ = [
     "gdn_verify_fused",
 ]
 
-declare("gdn_prefill")
+declare("gdn_prefill", cuda=describe_prefill)
 declare("gdn_decode")
 declare("gdn_verify")
 
@@ -58,6 +70,7 @@ def gdn_prefill(
     out: Tensor,
     snapshot_positions: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
+    packed: PackedRows | None = None,
     backend: str | None = None,
 ) -> None:
     """Run whole token ranges through the delta rule in chunks and leave the final state in each row's slot, in place.
@@ -74,6 +87,8 @@ def gdn_prefill(
         snapshot_positions, snapshot_slots: ``[N]`` integers, both or neither: the state as it is after that many tokens
             of the row goes to that slot too. A position is a multiple of ``SNAPSHOT_GRID`` or the row's length; nothing
             is stored at any other, nor where the slot is negative. No row may read or write a slot given here.
+        packed: the rows once more, if they lie one behind the other in order and the host knows their lengths: then an
+            engine's own function may run them (:mod:`.peers`). Tokens of skipped rows get zeros in ``out`` then.
         backend: None (Triton on CUDA, else the reference), ``"reference"`` or ``"triton"``.
 
     Raises:
@@ -88,12 +103,18 @@ def gdn_prefill(
     chosen = choose(mixed_qkv, backend)
     if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
         return
+    run = reference.gdn_prefill
     if chosen == TRITON:
         from . import triton_prefill
 
         run = triton_prefill.gdn_prefill
-    else:
-        run = reference.gdn_prefill
+        if packed is not None:
+            check_packed(packed, rows, mixed_qkv)
+            _, v_heads, value_dim, key_dim = ssm_state.shape
+            shape = HeadShape(num_k_heads, v_heads, key_dim, value_dim, mixed_qkv.dtype)
+            peer = choose_peer(shape, packed, mixed_qkv.device, snapshot is not None)
+            if peer is not None:
+                run = partial(run_peer, peer, packed)
     gates = (a, b, A_log, dt_bias)
     run(
         mixed_qkv,

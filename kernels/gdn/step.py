@@ -13,7 +13,7 @@ import torch
 
 from ..conv import causal_conv1d_prefill, causal_conv1d_update
 from ..norm import rms_norm_gated
-from . import DraftRecords, gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify, gdn_verify_fused
+from . import DraftRecords, PackedRows, gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify, gdn_verify_fused
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class PrefillRows:
 
     query_start, query_end, state_slots: int32 [N]; has_initial_state: bool [N]; max_query_len: bound on the lengths.
     snapshot_positions, snapshot_slots: int [N] or None, where both states are kept besides, after how many tokens.
+    packed: the same rows as the host knows them, if they lie one behind the other in order; else None.
     """
 
     query_start: torch.Tensor
@@ -31,6 +32,7 @@ class PrefillRows:
     max_query_len: int
     snapshot_positions: torch.Tensor | None = None
     snapshot_slots: torch.Tensor | None = None
+    packed: PackedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def gdn_step(
             state_slots=prefill.state_slots,
             snapshot_positions=prefill.snapshot_positions,
             snapshot_slots=prefill.snapshot_slots,
+            packed=prefill.packed,
         )
     if recurrent is not None:
         causal_conv1d_update(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import FLOATS, INTS, check, check_dims, check_optional, check_rows
 from ..conv.validation import MAX_WIDTH, check_conv
+from .packed import PackedRows
 from .records import DraftRecords
 
 MAX_HEAD_DIM = 256
@@ -73,6 +74,16 @@ def check_prefill_rows(
         state_slots=(state_slots, INTS),
         has_initial_state=(has_initial_state, (torch.bool,)),
     )
+
+
+def check_packed(packed: PackedRows, rows: int, mixed_qkv: Tensor) -> None:
+    """Check what the host knows of a prefill's rows against the rows and the batch."""
+    if len(packed.lengths) != rows:
+        raise ValueError(f"packed has {len(packed.lengths)} lengths, but query_start names {rows} rows; give one each")
+    last, tokens = packed.first + packed.tokens, mixed_qkv.shape[0]
+    if packed.first < 0 or last > tokens:
+        raise ValueError(f"packed covers tokens {packed.first} to {last}, but the batch has {tokens}")
+    check("packed.cu_seqlens", packed.cu_seqlens, (rows + 1,), (torch.int64,), mixed_qkv)
 
 
 def check_decode_rows(mixed_qkv: Tensor, query_start: Tensor, query_end: Tensor, state_slots: Tensor) -> int:

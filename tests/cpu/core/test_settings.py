@@ -92,5 +92,8 @@ def test_the_kernels_are_told_once_for_all(tmp_path: Path) -> None:
 
 def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
-    names = [f"QWEN3NEXT_{name}" for name in ("PLUGIN", "KERNELS", "ROPE", "MOE_CONFIGS", "RECORD", "RECORD_EXPERTS")]
+    names = [
+        f"QWEN3NEXT_{name}"
+        for name in ("PLUGIN", "KERNELS", "GDN_PREFILL", "ROPE", "MOE_CONFIGS", "RECORD", "RECORD_EXPERTS")
+    ]
     assert [line.split("=")[0] for line in lines] == names
