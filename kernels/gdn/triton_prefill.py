@@ -22,6 +22,10 @@ CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # an illegal access), as soon as an operand comes from registers rather than by an asynchronous copy.
 BLOCK_V_NARROW = 64
 BLOCK_V_WIDE = 32
+# To be measured against each other: benchmarks/NOTES.md, "GDN prefill, which variants to measure".
+_INVERSE_BY_BLOCKS = False
+_CHUNK_WARPS = 4
+_WALK_STAGES = 2
 
 
 @triton.jit
@@ -52,6 +56,33 @@ def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     T = tl.dot(_nilpotent_inverse(M, identity, PRECISION), D, input_precision=PRECISION)
     residual = identity - T - tl.dot(A, T, input_precision="tf32x3")
     return T + tl.dot(T, residual, input_precision=PRECISION)
+
+
+@triton.jit
+def _unit_lower_inverse_by_blocks(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """``inverse(I + A)`` as above, in four matrix products: 16 by 16 diagonal blocks by substitution, in float32.
+
+    With D the inverse of the diagonal blocks and L the rest of A, ``M = D L`` is nilpotent of order 4, and
+    ``inverse(I + M) D = (I - M) (I + M^2) D``.
+    """
+    BLOCK: tl.constexpr = 16
+    BLOCKS: tl.constexpr = CHUNK // BLOCK
+    tl.static_assert(BLOCKS == 4)
+    b = tl.arange(0, BLOCKS)
+    r = tl.arange(0, BLOCK)
+    diagonal = (b[:, None] == b[None, :])[:, None, :, None]
+    own = tl.sum(tl.where(diagonal, tl.reshape(A, (BLOCKS, BLOCK, BLOCKS, BLOCK)), 0.0), 2)
+    X = tl.zeros((BLOCKS, BLOCK, BLOCK), tl.float32) + tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
+    for i in tl.static_range(1, BLOCK):
+        here = (r == i)[None, :, None]
+        row = tl.sum(tl.where(here, own, 0.0), 1)
+        X = tl.where(here, X - tl.sum(row[:, :, None] * X, 1)[:, None, :], X)
+    D = tl.reshape(tl.where(diagonal, X[:, :, None, :], 0.0), (CHUNK, CHUNK))
+    c = tl.arange(0, CHUNK)
+    in_block = (c // BLOCK)[:, None] == (c // BLOCK)[None, :]
+    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
+    T = D - tl.dot(M, D, input_precision=PRECISION)
+    return T + tl.dot(tl.dot(M, M, input_precision=PRECISION), T, input_precision=PRECISION)
 
 
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
@@ -91,6 +122,7 @@ def _chunk_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE_PRECISION: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
 ):
     row, chunk = locate_chunk(
         tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, CHUNK, BLOCK_ROWS
@@ -135,7 +167,11 @@ def _chunk_kernel(
     P = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * q_norm[:, None]
     tl.store(P_out + at[:, None] * CHUNK + c[None, :], tl.where(lower, P, 0.0).to(DOT), mask=valid[:, None])
     A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * (beta * k_norm)[:, None]
-    T = _unit_lower_inverse(tl.where(below, A, 0.0), CHUNK, INVERSE_PRECISION).to(DOT)
+    A = tl.where(below, A, 0.0)
+    if BY_BLOCKS:
+        T = _unit_lower_inverse_by_blocks(A, CHUNK, INVERSE_PRECISION).to(DOT)
+    else:
+        T = _unit_lower_inverse(A, CHUNK, INVERSE_PRECISION).to(DOT)
 
     k_wide = tl.load(k_at, mask=k_tile, other=0.0).to(tl.float32)  # again: held across the inverse it would spill
     W = tl.dot(T, (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT), input_precision=PRECISION)
@@ -269,6 +305,8 @@ def gdn_prefill(
     whole_tiles = key_dim % BLOCK_V_NARROW == 0 and value_dim % BLOCK_V_NARROW == 0
     narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and whole_tiles
     dot = torch.bfloat16 if narrow else torch.float32
+    # Without a Newton step at its end the inverse is only as good as its products.
+    wide_inverse = mixed_qkv.dtype == torch.float32 or (_INVERSE_BY_BLOCKS and not narrow)
 
     def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=mixed_qkv.device)
@@ -310,8 +348,9 @@ def gdn_prefill(
         state_slots.stride(0),
         BLOCK_V=block_v,
         BLOCK_ROWS=BLOCK_ROWS,
-        INVERSE_PRECISION="tf32x3" if mixed_qkv.dtype == torch.float32 else "tf32",
-        num_warps=4,
+        INVERSE_PRECISION="tf32x3" if wide_inverse else "tf32",
+        BY_BLOCKS=_INVERSE_BY_BLOCKS,
+        num_warps=_CHUNK_WARPS,
         num_stages=1,
         **shared,
     )
@@ -336,6 +375,6 @@ def gdn_prefill(
         BLOCK_V=walk_v,
         HAS_SNAPSHOT=snapshot is not None,
         num_warps=4,
-        num_stages=2 if narrow and block_k <= 128 else 1,
+        num_stages=_WALK_STAGES if narrow and block_k <= 128 else 1,
         **shared,
     )
