@@ -25,6 +25,7 @@ BLOCK_V_WIDE = 32
 # To be measured against each other: benchmarks/NOTES.md, "GDN prefill, which variants to measure".
 _INVERSE_BY_BLOCKS = False
 _CHUNK_WARPS = 4
+_CHUNK_REGISTERS: int | None = None
 _WALK_STAGES = 2
 
 
@@ -351,6 +352,7 @@ def gdn_prefill(
         INVERSE_PRECISION="tf32x3" if wide_inverse else "tf32",
         BY_BLOCKS=_INVERSE_BY_BLOCKS,
         num_warps=_CHUNK_WARPS,
+        maxnreg=_CHUNK_REGISTERS,
         num_stages=1,
         **shared,
     )
