@@ -73,3 +73,10 @@ def check_adapter(peer_of: Callable[[Callable[..., Any]], Peer], fake: Callable[
     shape = HeadShape(1, 2, DIM, DIM, torch.float32)
     assert trial(small(peer_of(checked)), shape, torch.device("cpu"), None) is None
     assert calls
+
+
+def check_installed(peer: Peer, snapshot_grid: int | None = None) -> None:
+    """What is installed agrees with our own kernels at the published model's heads, whole and for two ranks."""
+    for ranks in (1, 2):
+        shape = HeadShape(16 // ranks, 32 // ranks, 128, 128, torch.bfloat16)
+        assert trial(peer, shape, torch.device("cuda", torch.cuda.current_device()), snapshot_grid) is None

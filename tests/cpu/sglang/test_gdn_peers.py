@@ -8,9 +8,10 @@ import torch
 from sglang.kernels.ops.attention.fla.chunk import chunk_gated_delta_rule
 from torch import Tensor
 
+from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
 from qwen3next_plugin.sglang_integration.gdn_metadata import prefill_rows
 from qwen3next_plugin.sglang_integration.gdn_peers import fla_peer
-from tests.kernels.peer_case import check_adapter, delta_rule_rows
+from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows
 
 
 def test_flash_linear_attention() -> None:
@@ -59,3 +60,11 @@ def test_rows_are_packed_if_the_host_knows_where_they_lie(lengths: list[int] | N
         return
     assert rows.packed is not None and rows.packed.cu_seqlens.tolist() == [0, 3, 7]
     assert rows.packed.first == 0 and rows.packed.snapshot_grid == 128
+
+
+@pytest.mark.gpu
+def test_what_is_installed_agrees_with_our_own_kernels() -> None:
+    check_installed(fla_peer(chunk_gated_delta_rule))
+    flashinfer = pytest.importorskip("flashinfer.gdn_prefill")
+    for grid in (None, 64, 128):
+        check_installed(flashinfer_peer(flashinfer.chunk_gated_delta_rule), grid)

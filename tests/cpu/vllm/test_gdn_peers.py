@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
+from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
 from qwen3next_plugin.vllm_integration.gdn_peers import fla_peer
-from tests.kernels.peer_case import check_adapter, delta_rule_rows
+from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows
 
 
 def test_flash_linear_attention() -> None:
@@ -30,3 +32,11 @@ def test_flash_linear_attention() -> None:
         return out, final
 
     check_adapter(fla_peer, fake, chunk_gated_delta_rule)
+
+
+@pytest.mark.gpu
+def test_what_is_installed_agrees_with_our_own_kernels() -> None:
+    check_installed(fla_peer(chunk_gated_delta_rule))
+    flashinfer = pytest.importorskip("flashinfer.gdn_prefill")
+    for grid in (None, 64, 128):
+        check_installed(flashinfer_peer(flashinfer.chunk_gated_delta_rule), grid)
