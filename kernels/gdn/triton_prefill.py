@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .reference import SNAPSHOT_GRID, Gates
 from .triton_formula import EPSILON, as_stored, softplus
+from .triton_inverse import unit_lower_inverse, unit_lower_inverse_by_blocks
 
 CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # Columns of the state that a program of the second kernel holds. Triton 3.6 compiles bfloat16 products of fewer than 64
@@ -27,63 +28,6 @@ _INVERSE_BY_BLOCKS = False
 _CHUNK_WARPS = 4
 _CHUNK_REGISTERS: int | None = None
 _WALK_STAGES = 2
-
-
-@triton.jit
-def _nilpotent_inverse(A, identity, PRECISION: tl.constexpr):
-    """``inverse(I + A)`` where ``A^8 = 0``: exactly ``(I - A) (I + A^2) (I + A^4)``."""
-    A2 = tl.dot(A, A, input_precision=PRECISION)
-    A4 = tl.dot(A2, A2, input_precision=PRECISION)
-    X = identity - A
-    X += tl.dot(X, A2, input_precision=PRECISION)
-    return X + tl.dot(X, A4, input_precision=PRECISION)
-
-
-@triton.jit
-def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """``inverse(I + A)`` for strictly lower triangular ``A [64, 64]`` in float32, in matrix products only.
-
-    With D the inverse of the 8 by 8 diagonal blocks and L the rest of A, it is ``inverse(I + D L) D``, and both A's
-    blocks and D L are nilpotent of order 8. Doubling over all 64 rows at once would not do: with repeated keys the
-    powers grow like binomial coefficients, 1e18 over 64 rows, but at most 35 over 8. A Newton step at the end squares
-    what rounding to TF32 left of the error.
-    """
-    tl.static_assert(CHUNK == 64)
-    c = tl.arange(0, CHUNK)
-    identity = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
-    in_block = (c // 8)[:, None] == (c // 8)[None, :]
-    D = _nilpotent_inverse(tl.where(in_block, A, 0.0), identity, PRECISION)
-    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
-    T = tl.dot(_nilpotent_inverse(M, identity, PRECISION), D, input_precision=PRECISION)
-    residual = identity - T - tl.dot(A, T, input_precision="tf32x3")
-    return T + tl.dot(T, residual, input_precision=PRECISION)
-
-
-@triton.jit
-def _unit_lower_inverse_by_blocks(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """``inverse(I + A)`` as above, in four matrix products: 16 by 16 diagonal blocks by substitution, in float32.
-
-    With D the inverse of the diagonal blocks and L the rest of A, ``M = D L`` is nilpotent of order 4, and
-    ``inverse(I + M) D = (I - M) (I + M^2) D``.
-    """
-    BLOCK: tl.constexpr = 16
-    BLOCKS: tl.constexpr = CHUNK // BLOCK
-    tl.static_assert(BLOCKS == 4)
-    b = tl.arange(0, BLOCKS)
-    r = tl.arange(0, BLOCK)
-    diagonal = (b[:, None] == b[None, :])[:, None, :, None]
-    own = tl.sum(tl.where(diagonal, tl.reshape(A, (BLOCKS, BLOCK, BLOCKS, BLOCK)), 0.0), 2)
-    X = tl.zeros((BLOCKS, BLOCK, BLOCK), tl.float32) + tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
-    for i in tl.static_range(1, BLOCK):
-        here = (r == i)[None, :, None]
-        row = tl.sum(tl.where(here, own, 0.0), 1)
-        X = tl.where(here, X - tl.sum(row[:, :, None] * X, 1)[:, None, :], X)
-    D = tl.reshape(tl.where(diagonal, X[:, :, None, :], 0.0), (CHUNK, CHUNK))
-    c = tl.arange(0, CHUNK)
-    in_block = (c // BLOCK)[:, None] == (c // BLOCK)[None, :]
-    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
-    T = D - tl.dot(M, D, input_precision=PRECISION)
-    return T + tl.dot(tl.dot(M, M, input_precision=PRECISION), T, input_precision=PRECISION)
 
 
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
@@ -170,9 +114,9 @@ def _chunk_kernel(
     A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * (beta * k_norm)[:, None]
     A = tl.where(below, A, 0.0)
     if BY_BLOCKS:
-        T = _unit_lower_inverse_by_blocks(A, CHUNK, INVERSE_PRECISION).to(DOT)
+        T = unit_lower_inverse_by_blocks(A, CHUNK, INVERSE_PRECISION).to(DOT)
     else:
-        T = _unit_lower_inverse(A, CHUNK, INVERSE_PRECISION).to(DOT)
+        T = unit_lower_inverse(A, CHUNK, INVERSE_PRECISION).to(DOT)
 
     k_wide = tl.load(k_at, mask=k_tile, other=0.0).to(tl.float32)  # again: held across the inverse it would spill
     W = tl.dot(T, (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT), input_precision=PRECISION)
