@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .reference import SNAPSHOT_GRID, Gates
 from .triton_formula import EPSILON, as_stored, softplus
+from .triton_inverse import unit_lower_inverse, unit_lower_inverse_by_blocks
 
 CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # Columns of the state that a program of the second kernel holds. Triton 3.6 compiles bfloat16 products of fewer than 64
@@ -22,36 +23,11 @@ CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # an illegal access), as soon as an operand comes from registers rather than by an asynchronous copy.
 BLOCK_V_NARROW = 64
 BLOCK_V_WIDE = 32
-
-
-@triton.jit
-def _nilpotent_inverse(A, identity, PRECISION: tl.constexpr):
-    """``inverse(I + A)`` where ``A^8 = 0``: exactly ``(I - A) (I + A^2) (I + A^4)``."""
-    A2 = tl.dot(A, A, input_precision=PRECISION)
-    A4 = tl.dot(A2, A2, input_precision=PRECISION)
-    X = identity - A
-    X += tl.dot(X, A2, input_precision=PRECISION)
-    return X + tl.dot(X, A4, input_precision=PRECISION)
-
-
-@triton.jit
-def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
-    """``inverse(I + A)`` for strictly lower triangular ``A [64, 64]`` in float32, in matrix products only.
-
-    With D the inverse of the 8 by 8 diagonal blocks and L the rest of A, it is ``inverse(I + D L) D``, and both A's
-    blocks and D L are nilpotent of order 8. Doubling over all 64 rows at once would not do: with repeated keys the
-    powers grow like binomial coefficients, 1e18 over 64 rows, but at most 35 over 8. A Newton step at the end squares
-    what rounding to TF32 left of the error.
-    """
-    tl.static_assert(CHUNK == 64)
-    c = tl.arange(0, CHUNK)
-    identity = tl.where(c[:, None] == c[None, :], 1.0, 0.0)
-    in_block = (c // 8)[:, None] == (c // 8)[None, :]
-    D = _nilpotent_inverse(tl.where(in_block, A, 0.0), identity, PRECISION)
-    M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
-    T = tl.dot(_nilpotent_inverse(M, identity, PRECISION), D, input_precision=PRECISION)
-    residual = identity - T - tl.dot(A, T, input_precision="tf32x3")
-    return T + tl.dot(T, residual, input_precision=PRECISION)
+# To be measured against each other: benchmarks/NOTES.md, "GDN prefill, which variants to measure".
+_INVERSE_BY_BLOCKS = False
+_CHUNK_WARPS = 4
+_CHUNK_REGISTERS: int | None = None
+_WALK_STAGES = 2
 
 
 # What changes from step to step is not specialised on: a new batch size never compiles anything.
@@ -91,6 +67,7 @@ def _chunk_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     INVERSE_PRECISION: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
 ):
     row, chunk = locate_chunk(
         tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, CHUNK, BLOCK_ROWS
@@ -135,7 +112,11 @@ def _chunk_kernel(
     P = tl.dot(q, tl.trans(k), input_precision=PRECISION) * decay * q_norm[:, None]
     tl.store(P_out + at[:, None] * CHUNK + c[None, :], tl.where(lower, P, 0.0).to(DOT), mask=valid[:, None])
     A = tl.dot(k, tl.trans(k), input_precision=PRECISION) * decay * (beta * k_norm)[:, None]
-    T = _unit_lower_inverse(tl.where(below, A, 0.0), CHUNK, INVERSE_PRECISION).to(DOT)
+    A = tl.where(below, A, 0.0)
+    if BY_BLOCKS:
+        T = unit_lower_inverse_by_blocks(A, CHUNK, INVERSE_PRECISION).to(DOT)
+    else:
+        T = unit_lower_inverse(A, CHUNK, INVERSE_PRECISION).to(DOT)
 
     k_wide = tl.load(k_at, mask=k_tile, other=0.0).to(tl.float32)  # again: held across the inverse it would spill
     W = tl.dot(T, (k_wide * (beta * k_norm * tl.exp(G))[:, None]).to(DOT), input_precision=PRECISION)
@@ -269,6 +250,8 @@ def gdn_prefill(
     whole_tiles = key_dim % BLOCK_V_NARROW == 0 and value_dim % BLOCK_V_NARROW == 0
     narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and whole_tiles
     dot = torch.bfloat16 if narrow else torch.float32
+    # Without a Newton step at its end the inverse is only as good as its products.
+    wide_inverse = mixed_qkv.dtype == torch.float32 or (_INVERSE_BY_BLOCKS and not narrow)
 
     def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=mixed_qkv.device)
@@ -310,8 +293,10 @@ def gdn_prefill(
         state_slots.stride(0),
         BLOCK_V=block_v,
         BLOCK_ROWS=BLOCK_ROWS,
-        INVERSE_PRECISION="tf32x3" if mixed_qkv.dtype == torch.float32 else "tf32",
-        num_warps=4,
+        INVERSE_PRECISION="tf32x3" if wide_inverse else "tf32",
+        BY_BLOCKS=_INVERSE_BY_BLOCKS,
+        num_warps=_CHUNK_WARPS,
+        maxnreg=_CHUNK_REGISTERS,
         num_stages=1,
         **shared,
     )
@@ -336,6 +321,6 @@ def gdn_prefill(
         BLOCK_V=walk_v,
         HAS_SNAPSHOT=snapshot is not None,
         num_warps=4,
-        num_stages=2 if narrow and block_k <= 128 else 1,
+        num_stages=_WALK_STAGES if narrow and block_k <= 128 else 1,
         **shared,
     )

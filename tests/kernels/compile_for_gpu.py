@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import conv, gdn
+from qwen3next_plugin.kernels.gdn import triton_peers
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
@@ -97,6 +98,7 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     shared = {"num_k_heads": k_heads, "out": tensor(tokens, v_heads, value_dim)}
     gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, max_query_len=tokens)
     gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, **kept, max_query_len=tokens)
+    launch_around_a_peer(arguments, ssm_state, k_heads, prefill, kept, tokens)
     gdn.gdn_decode(*arguments, ssm_state, **shared, **rows, state_slots=slots[:, 0])
     one = rows | {"state_slots": slots[:, 0], "snapshot_slots": kept["snapshot_slots"]}
     gdn.gdn_decode(*arguments, ssm_state, **shared, **one)
@@ -121,6 +123,30 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
             gdn.gdn_commit(*states, records, **last)
             tracked = {"snapshot_slots": kept["snapshot_slots"], "snapshot_tokens": kept["snapshot_positions"]}
             gdn.gdn_commit(*states, records, **last, **tracked)
+
+
+def launch_around_a_peer(
+    arguments: tuple[Tensor, ...],
+    ssm_state: Tensor,
+    k_heads: int,
+    prefill: dict[str, Tensor],
+    kept: dict[str, Tensor],
+    tokens: int,
+) -> None:
+    """What runs before and after an engine's prefill function."""
+    mixed_qkv, *gates = arguments
+    _, _, value_dim, key_dim = ssm_state.shape
+    ends, slots = (prefill["query_start"], prefill["query_end"]), prefill["state_slots"]
+    offsets = tensor(ROWS + 1, dtype=torch.int64)
+    packed = gdn.PackedRows(0, (tokens // ROWS,) * ROWS, offsets)
+    for log_decay in (True, False):
+        dims = (key_dim, value_dim)
+        triton_peers.split(mixed_qkv, tuple(gates), k_heads, dims, packed, *ends, tokens, slots, log_decay)
+    for state in (ssm_state, tensor(*ssm_state.shape)):
+        collected = triton_peers.collect(state, slots, prefill["has_initial_state"])
+        triton_peers.put_back(collected, None, packed, state, *ends, slots, None)
+        snapshot = (kept["snapshot_positions"], kept["snapshot_slots"])
+        triton_peers.put_back(collected, collected, packed, state, *ends, slots, snapshot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Prefill by an engine's function: a stand-in with its calling convention serves like our own kernels, or not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from qwen3next_plugin.kernels import dispatch, gdn
 from qwen3next_plugin.kernels.gdn import PackedRows, peer_table, peers
 from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
-from qwen3next_plugin.kernels.gdn.peers import HeadShape, Peer, PeerCall
-from qwen3next_plugin.kernels.gdn.reference import delta_rule_chunked
+from qwen3next_plugin.kernels.gdn.peers import HeadShape, PeerCall
 from tests.helpers import nan_like
 
 from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
+from .peer_case import CPU, DIM, delta_rule_part, empty_registry, small
 from .slots import (
     STATE_LAYOUTS,
     Row,
@@ -29,9 +29,6 @@ from .slots import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-DIM = 16
-CPU = (0, 0)
-Function = Callable[..., Any]
 
 
 class FakeFlashInfer:
@@ -71,7 +68,7 @@ class FakeFlashInfer:
             if self.spoiled.get("transposed"):
                 state = state.transpose(-1, -2)
             for i, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
-                o, state = _delta_rule(q, k, v, g.log(), beta, slice(first, last), state)
+                o, state = delta_rule_part(q, k, v, g.log(), beta, slice(first, last), state)
                 output[first:last] = o
                 if checkpoint_every_n_tokens and (last - start) % checkpoint_every_n_tokens == 0:
                     assert state_checkpoints is not None and checkpoint_cu_starts is not None
@@ -80,29 +77,11 @@ class FakeFlashInfer:
         return output, output_state
 
 
-def _delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, part: slice, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    group = v.shape[1] // q.shape[1]
-    q, k = (x[None, part].repeat_interleave(group, dim=2) for x in (q, k))
-    o, state = delta_rule_chunked(q, k, v[None, part], g[None, part], beta[None, part], state)
-    return o[0], state
-
-
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No offers before, none after; the CPU takes the place of a GPU that has rules."""
+def registry() -> Iterator[None]:
     rules = (peer_table.Rule(CPU, "flashinfer", 40, 10, "a test"), peer_table.Rule(CPU, "fla", 20, 1, "a test"))
-    monkeypatch.setattr(peer_table, "RULES", rules)
-    monkeypatch.setattr(peers, "capability_of", lambda device: CPU)
-    peers.withdraw_all()
-    yield
-    peers.prefer_prefill(peers.AUTO)
-    peers.withdraw_all()
-
-
-def small(peer: Peer) -> Peer:
-    return replace(peer, dtypes=(torch.float32,), head_dim=DIM)
+    with empty_registry(*rules):
+        yield
 
 
 def shape_of(tokens: Tokens) -> HeadShape:
@@ -110,7 +89,7 @@ def shape_of(tokens: Tokens) -> HeadShape:
     return HeadShape(*sizes, tokens.mixed_qkv.dtype)
 
 
-def offer(tokens: Tokens, fake: Function | None = None, grid: int | None = None) -> FakeFlashInfer:
+def offer(tokens: Tokens, fake: FakeFlashInfer | None = None, grid: int | None = None) -> FakeFlashInfer:
     """A FlashInfer of this convention, tried for the shape of ``tokens``; what the trial called is forgotten."""
     fake = fake or FakeFlashInfer()
     peers.offer_prefill(small(flashinfer_peer(fake)))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3next_plugin.kernels import gdn
+from qwen3next_plugin.kernels.gdn import triton_prefill
 
 from .common import BACKENDS, DTYPES
 from .gdn_case import assert_error, check_prefill, formula, limit, make_tokens, run_prefill
@@ -89,6 +90,18 @@ def test_repeated_keys_that_are_never_forgotten(backend: str, device: str) -> No
     tokens.a.fill_(-30.0)
     tokens.b.fill_(30.0)
     check_prefill(tokens, [(0, 64, 1)], [True], backend)
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.1, 1.0], ids=["repeated keys", "keys much alike", "keys unlike"])
+def test_the_inverse_by_blocks(alike: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other way to invert the chunk's system, with keys that are hard on it."""
+    monkeypatch.setattr(triton_prefill, "_INVERSE_BY_BLOCKS", True)
+    tokens = make_tokens(130, device)
+    keys = tokens.mixed_qkv[:, :32]
+    keys.copy_(keys[:1] + alike * keys)
+    tokens.a.fill_(-30.0)
+    tokens.b.fill_(5.0)
+    check_prefill(tokens, [(0, 130, 1)], [True], "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,5 +1,6 @@
 """Switches from the environment."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.moe import config
 from qwen3next_plugin.rope_request import RopeShortcut
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
@@ -59,6 +61,28 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     Settings().check_device("cpu")
     with pytest.raises(SettingsError, match="QWEN3NEXT_KERNELS is 'triton' on a CPU"):
         settings.check_device("cpu")
+
+
+def test_prefill_by_an_engine_needs_a_gpu_and_its_kernels() -> None:
+    for value in ("fla", "flashinfer"):
+        settings = read_settings({"QWEN3NEXT_GDN_PREFILL": value})
+        settings.check_device("cuda")
+        with pytest.raises(SettingsError, match=f"QWEN3NEXT_GDN_PREFILL is '{value}' on a CPU: use auto or own"):
+            settings.check_device("cpu")
+        with pytest.raises(SettingsError, match="beside QWEN3NEXT_KERNELS=reference: use auto or own"):
+            replace(settings, kernels="reference").check_device("cuda")
+    read_settings({"QWEN3NEXT_GDN_PREFILL": "own"}).check_device("cpu")
+    with pytest.raises(SettingsError, match="QWEN3NEXT_GDN_PREFILL is 'cuda': use one of auto, own, fla, flashinfer"):
+        read_settings({"QWEN3NEXT_GDN_PREFILL": "cuda"})
+
+
+def test_the_kernels_are_told_who_prefills() -> None:
+    try:
+        Settings(gdn_prefill="own").tell_kernels()
+        assert peers._wanted == peers.OWN
+    finally:
+        Settings().tell_kernels()
+    assert peers._wanted == peers.AUTO
 
 
 def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:

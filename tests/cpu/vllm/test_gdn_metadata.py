@@ -67,6 +67,16 @@ def test_decode_rows_come_first_and_prompts_follow() -> None:
     assert rows.prefill.state_slots.tolist() == [6, 7]
     assert rows.prefill.has_initial_state.tolist() == [False, True]
     assert rows.prefill.max_query_len == 7
+    packed = rows.prefill.packed
+    assert packed is not None and packed.first == 2 and packed.lengths == (5, 7)
+    assert packed.cu_seqlens.tolist() == [0, 5, 12]
+
+
+def test_prompts_with_other_rows_between_them_are_not_packed() -> None:
+    step = make_step([6, 1, 4, 5, 1], [0, 9, 0, 0, 8], [[3], [4], [5], [6], [7]], [True, False, True, True, False])
+    rows = make_builder().build(0, step)
+    assert rows.prefill is not None and rows.prefill.query_start.tolist() == [0, 7, 11]
+    assert rows.prefill.packed is None
 
 
 def test_any_order_and_the_first_token_of_a_one_token_prompt() -> None:
@@ -76,6 +86,7 @@ def test_any_order_and_the_first_token_of_a_one_token_prompt() -> None:
     assert rows.prefill is not None and rows.recurrent is not None
     assert rows.prefill.state_slots.tolist() == [3, 4]
     assert rows.prefill.has_initial_state.tolist() == [False, False]
+    assert rows.prefill.packed is not None and rows.prefill.packed.lengths == (6, 1)  # decode rows come behind
     assert rows.recurrent.initial_slots.tolist() == [5, 6]
     assert rows.recurrent.query_start.tolist() == [7, 8]
 

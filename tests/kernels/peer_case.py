@@ -1,0 +1,82 @@
+"""The delta rule behind the calling conventions of the engines' prefill functions."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3next_plugin.kernels.gdn import peer_table, peers
+from qwen3next_plugin.kernels.gdn.peer_trial import trial
+from qwen3next_plugin.kernels.gdn.peers import HeadShape, Peer
+from qwen3next_plugin.kernels.gdn.reference import delta_rule_chunked
+
+DIM = 16
+CPU = (0, 0)
+
+
+def delta_rule_part(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, part: slice, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs and the state after a part of the tokens; q, k ``[T, HK, K]``, state ``[1, HV, V, K]``."""
+    group = v.shape[1] // q.shape[1]
+    q, k = (x[None, part].repeat_interleave(group, dim=2) for x in (q, k))
+    o, state = delta_rule_chunked(q, k, v[None, part], g[None, part], beta[None, part], state)
+    return o[0], state
+
+
+def delta_rule_rows(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, cu_seqlens: Tensor, out: Tensor
+) -> Tensor:
+    """Fill ``out`` row by row and return the final states; g is the log decay."""
+    final = torch.empty_like(states)
+    for row, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        part = slice(start, end)
+        out[part], final[row] = delta_rule_part(q, k, v, g, beta, part, states[row, None])
+    return final
+
+
+def small(peer: Peer) -> Peer:
+    """The peer for heads and a type that the interpreter gets through."""
+    return replace(peer, dtypes=(torch.float32,), head_dim=DIM)
+
+
+@contextmanager
+def empty_registry(*rules: peer_table.Rule) -> Iterator[None]:
+    """No offers before, none after; the CPU takes the place of a GPU that has these rules."""
+    saved = peer_table.RULES, peers.capability_of
+    peer_table.RULES, peers.capability_of = rules, lambda device: CPU  # type: ignore[assignment]
+    peers.withdraw_all()
+    try:
+        yield
+    finally:
+        peer_table.RULES, peers.capability_of = saved
+        peers.prefer_prefill(peers.AUTO)
+        peers.withdraw_all()
+
+
+def check_adapter(peer_of: Callable[[Callable[..., Any]], Peer], fake: Callable[..., Any], real: Any) -> None:
+    """An adapter's peer, around ``fake``, agrees with our own kernels, and calls what ``real`` would take.
+
+    ``fake`` has the engine's convention; ``real`` is the engine's function, which is not run.
+    """
+    signature = inspect.signature(real)
+    calls = []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        calls.append(signature.bind(*args, **kwargs))
+        return fake(*args, **kwargs)
+
+    shape = HeadShape(1, 2, DIM, DIM, torch.float32)
+    assert trial(small(peer_of(checked)), shape, torch.device("cpu"), None) is None
+    assert calls
+
+
+def check_installed(peer: Peer, snapshot_grid: int | None = None) -> None:
+    """What is installed agrees with our own kernels at the published model's heads, whole and for two ranks."""
+    for ranks in (1, 2):
+        shape = HeadShape(16 // ranks, 32 // ranks, 128, 128, torch.bfloat16)
+        assert trial(peer, shape, torch.device("cuda", torch.cuda.current_device()), snapshot_grid) is None
