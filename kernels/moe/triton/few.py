@@ -110,7 +110,7 @@ def _down_kernel(
         choice = begin + lanes // BLOCK_I
         expert = tl.load(ids_ptr + token * ids_stride + choice, mask=choice < CHOICES, other=-1).to(tl.int64)
         held = (expert >= 0) & (expert < num_experts) & (column < inner)  # the other pairs were never written
-        expert = tl.where(held, expert, 0)
+        expert = tl.maximum(expert, 0)  # not where(held, ...): Triton 3.7.1 then breaks its own program
         down_rows = tl.load(
             weight_ptr + expert[None, :] * weight_stride_e + rows[:, None] * weight_stride_n + column[None, :],
             mask=held[None, :] & (rows < H)[:, None],
