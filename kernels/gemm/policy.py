@@ -14,7 +14,7 @@ import torch
 MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 FP8_CAPABILITY = (8, 9)
 MIN_ROWS = 64  # of a product, from which FP8 arithmetic is used
-MIN_EXPERT_ROWS = 1  # of one expert on average: its tile of rows is mostly padding, and widening weights costs more
+MIN_EXPERT_ROWS = 2  # of one expert on average: its tile of rows is mostly padding, and widening weights costs more
 
 
 @functools.lru_cache
