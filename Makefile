@@ -18,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 export PYTHON ENGINE VENV USE_ENV MODEL PORT ARGS ONCE QUESTION TIMEOUT TORCH_CPU_INDEX DEVICE
 
-.PHONY: help python serve test lint cpu-tests e2e-tests engine-tests own-tests proof environment clean
+.PHONY: help python serve test lint gpu-triton cpu-tests e2e-tests engine-tests own-tests proof environment clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -61,9 +61,19 @@ lint: environment
 	$(RUN) -m ruff format --check .
 	$(RUN) tests/typecheck.py
 
+# The Triton that the engines' CUDA builds of PyTorch 2.13 pin: kernels are compiled with it too, beside the one that
+# PyTorch's CPU build brings. Not in an environment of yours.
+GPU_TRITON := 3.7.1
+TRITON_OF_GPUS := $(if $(USE_ENV),,$(CURDIR)/.venv/triton-$(GPU_TRITON))
+
+gpu-triton: environment
+	@test -z "$(TRITON_OF_GPUS)" || test -d "$(TRITON_OF_GPUS)/triton" || \
+	  { $(RUN) -m pip install -q --no-deps --target "$(TRITON_OF_GPUS).part" triton==$(GPU_TRITON) && \
+	    mv "$(TRITON_OF_GPUS).part" "$(TRITON_OF_GPUS)"; }
+
 # Kernel tests run under Triton's interpreter (tests/conftest.py sets it); engines must not, so they are tested apart.
-cpu-tests: environment
-	$(ONE_THREAD) $(PYTEST) $(or $(TESTS),tests --ignore=tests/e2e)
+cpu-tests: environment gpu-triton
+	$(ONE_THREAD) TRITON_OF_GPUS="$(TRITON_OF_GPUS)" $(PYTEST) $(or $(TESTS),tests --ignore=tests/e2e)
 
 # Two versions of an engine share the combinations of setups out between them; each gets every point of the list.
 # TESTS=tests/e2e runs all of them on either.

@@ -58,8 +58,21 @@ def engine_environment(**extra: str) -> dict[str, str]:
     return environment | extra
 
 
-def output_of(module: str, *arguments: str, **extra: str) -> list[str]:
-    """The lines that ``python -m module`` prints in an engine's environment; such scripts compile kernels for GPUs."""
+def tritons() -> list[str]:
+    """Folders whose Triton compiles for GPUs: "" for the installed one, and what TRITON_OF_GPUS names.
+
+    A CPU's PyTorch brings another Triton than the engines' CUDA builds, whose compiler may refuse what this one takes.
+    """
+    return ["", *filter(None, [os.environ.get("TRITON_OF_GPUS")])]
+
+
+def output_of(module: str, *arguments: str, triton: str = "", **extra: str) -> list[str]:
+    """The lines that ``python -m module`` prints in an engine's environment; such scripts compile kernels for GPUs.
+
+    ``triton`` is one of `tritons`.
+    """
+    if triton:
+        extra["PYTHONPATH"] = os.pathsep.join(filter(None, [triton, os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=Path(__file__).resolve().parents[1],

@@ -3,7 +3,9 @@
 from itertools import product
 from pathlib import Path
 
-from tests.helpers import output_of
+import pytest
+
+from tests.helpers import output_of, tritons
 
 KERNELS = (
     "_prefill_kernel",
@@ -22,8 +24,10 @@ DRAFTS = ("_gdn_verify_kernel", "_commit_kernel")
 SHARED_MEMORY = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}  # bytes a block may have on an H200, on an A100
 
 
-def test_every_kernel_compiles_for_an_h200_and_an_a100(tmp_path: Path) -> None:
-    compiled = [line.split()[:5] for line in output_of("tests.kernels.compile_for_gpu", TRITON_CACHE_DIR=str(tmp_path))]
+@pytest.mark.parametrize("triton", tritons(), ids=lambda folder: "of the GPUs" if folder else "installed")
+def test_every_kernel_compiles_for_an_h200_and_an_a100(triton: str, tmp_path: Path) -> None:
+    lines = output_of("tests.kernels.compile_for_gpu", triton=triton, TRITON_CACHE_DIR=str(tmp_path))
+    compiled = [line.split()[:5] for line in lines]
     assert {(name, target) for name, target, *_ in compiled} == set(product(KERNELS, SHARED_MEMORY))
     for name, target, shared, registers, stack in compiled:
         if name in DRAFTS:
