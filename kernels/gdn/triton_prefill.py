@@ -54,8 +54,12 @@ def _unit_lower_inverse(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     return T + tl.dot(T, residual, input_precision=PRECISION)
 
 
-# What changes from step to step is not specialised on: a new batch size never compiles anything.
-@triton.jit(do_not_specialize=["num_rows", "slots_stride"])
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
+# a new batch never compiles anything.
+@triton.jit(
+    do_not_specialize=["num_rows", "slots_stride"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots"],
+)
 def _chunk_kernel(
     qkv,
     a,
@@ -146,7 +150,17 @@ def _chunk_kernel(
     tl.store(U_out + at[:, None] * VALUE_DIM + v_index[None, :], U.to(DOT), mask=v_tile)
 
 
-@triton.jit(do_not_specialize=["slots_stride"])
+@triton.jit(
+    do_not_specialize=["slots_stride"],
+    do_not_specialize_on_alignment=[
+        "query_start",
+        "query_end",
+        "slots",
+        "has_initial_state",
+        "snapshot_positions",
+        "snapshot_slots",
+    ],
+)
 def _walk_kernel(
     qkv,
     W_in,

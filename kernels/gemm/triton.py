@@ -151,7 +151,8 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-@triton.jit
+# A step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["M"])
 def _block_fp8_matmul_kernel(
     x_ptr,
     x_scale_ptr,

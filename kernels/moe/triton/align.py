@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-_SCAN = 1024  # ids a program looks at a time
+from ..ways import scan_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
     return min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
 
 
-@triton.jit
+# What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     expert = tl.program_id(0)
     lanes = tl.arange(0, SCAN)
@@ -46,7 +47,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
@@ -92,7 +93,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
-    scan = min(_SCAN, max(16, triton.next_power_of_2(num_pairs)))
+    scan = scan_of(num_pairs)
     _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)
     _place_kernel[(num_experts,)](
         ids,
