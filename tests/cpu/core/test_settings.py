@@ -21,6 +21,7 @@ def test_defaults_and_every_value() -> None:
     for kernels, backend in (("auto", None), ("triton", "triton"), ("reference", "reference")):
         found = read_settings({"QWEN3NEXT_KERNELS": kernels})
         assert (found.enabled, found.kernels, found.backend) == (True, kernels, backend)
+    assert read_settings({}).warm_up and not read_settings({"QWEN3NEXT_WARMUP": "0"}).warm_up
     assert read_settings({"QWEN3NEXT_ROPE": "yarn:4"}).rope == RopeShortcut(4.0)
     assert read_settings({"QWEN3NEXT_ROPE": "yarn:2.5:262144"}).rope == RopeShortcut(2.5, 262144)
 
@@ -92,5 +93,8 @@ def test_the_kernels_are_told_once_for_all(tmp_path: Path) -> None:
 
 def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
-    names = [f"QWEN3NEXT_{name}" for name in ("PLUGIN", "KERNELS", "ROPE", "MOE_CONFIGS", "RECORD", "RECORD_EXPERTS")]
+    names = [
+        f"QWEN3NEXT_{name}"
+        for name in ("PLUGIN", "KERNELS", "ROPE", "MOE_CONFIGS", "WARMUP", "RECORD", "RECORD_EXPERTS")
+    ]
     assert [line.split("=")[0] for line in lines] == names

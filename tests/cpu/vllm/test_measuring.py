@@ -91,7 +91,7 @@ def test_steps_and_facts_are_recorded_of_functions_that_others_have_wrapped(monk
             return "compiled"
 
     class Record:
-        steps: list[tuple[int, int, int]] = []
+        steps: list[tuple[int, ...]] = []
         known: dict[str, str] = {}
 
         def step(self, *step: int) -> None:

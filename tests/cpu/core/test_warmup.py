@@ -1,0 +1,62 @@
+"""What is compiled before a server is ready covers what its steps launch, and nothing of the model changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3next_plugin.kernels.gemm import policy, quantize_block
+from qwen3next_plugin.kernels.moe import config, ways
+from tests.helpers import output_of
+
+KINDS = ("gdn", "attention", "bf16", "fp8", "fp8 apart", "fp8 slices", "int4", "int8", "int8 activations")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_launches_what_was_not_warmed(kind: str) -> None:
+    """By Triton's own word for what it would compile anew; see served_kernels.py for the numbers of tokens tried."""
+    found = json.loads(output_of("tests.cpu.core.served_kernels", "90", kind)[-1])
+    assert found["warm"] >= 10
+    assert found["cold"] == [], "\n".join(found["cold"])
+
+
+def fp8_weights(experts: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    halves, scale = quantize_block(torch.randn(experts, 2, 128, 128))
+    return halves.flatten(1, 2), scale.flatten(1, 2)
+
+
+def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "has_fp8_units", lambda device: True)
+    w13, scale = fp8_weights()
+    found = ways.ways_up_to(3000, 2, 2, w13, scale)
+    assert [limits for way, limits in found.items() if way.config is None] == [(1, ways.MAX_TOKENS)]
+    # 64 rows of one expert on average are 128 tokens of 2 choices among 4.
+    assert {limits[0] for way, limits in found.items() if way.quantize} >= {128}
+    assert min(limits[0] for way, limits in found.items() if way.quantize) == 128
+    heights = {way.config.block_m for way in found if way.config is not None}
+    assert heights == {16, 32, 64, 128}
+    assert {way.scan for way in found} == {0, ways.SHORT_SCAN, ways.LONG_SCAN}
+    kept = ways.ways_up_to(3000, 2, 2, w13, scale, quantize_activations=False)
+    assert not any(way.quantize for way in kept)
+
+
+def test_every_way_of_a_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one that comes, goes and comes again, and the one beyond the largest number of tokens."""
+    tile = config.Tile(32, 32, 4, 2)
+    one, other, far = (config.MoeConfig(rows, tile, tile) for rows in (16, 32, 64))
+    places = ((20, one), (40, other), (80, one), (160, far), (640, other))
+    entries = tuple(config.Entry(tokens, 2, held) for tokens, held in places)
+
+    def choose(tokens: int, top_k: int, w13: torch.Tensor, activation_bytes: int) -> Any:
+        return config.nearest(entries, tokens, activation_bytes)
+
+    monkeypatch.setattr(ways, "choose_config", choose)
+    found = ways.ways_up_to(130, 1, 2, torch.empty(4, 32, 16))
+    assert [(way.config, limits) for way, limits in found.items()] == [
+        (None, (1, 16)),
+        (one, (17, 113)),
+        (other, (29, 56)),
+        (far, (114, 130)),
+    ]
