@@ -17,7 +17,7 @@ drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states o
 from torch import Tensor
 
 from ..checks import check_optional
-from ..dispatch import TRITON, choose, declare
+from ..dispatch import TRITON, Choice, choose, declare
 from . import reference
 from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
@@ -36,9 +36,17 @@ __all__ = [
     "gdn_verify_fused",
 ]
 
-declare("gdn_prefill")
-declare("gdn_decode")
-declare("gdn_verify")
+declare(
+    "gdn_prefill",
+    cuda=(
+        Choice("bfloat16 tokens, heads of a multiple of 64", why="two kernels, chunks of 64, products in bfloat16"),
+        Choice(
+            "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
+        ),
+    ),
+)
+declare("gdn_decode", cuda=(Choice("one token a row, beside rows of prompts", why="token by token"),))
+declare("gdn_verify", cuda=(Choice("drafts that leave a state each", why="token by token"),))
 
 
 def gdn_prefill(
