@@ -107,7 +107,12 @@ def warm_up(models: Iterable[nn.Module], serving: Serving) -> WarmUp:
 
 
 def serve(logger: logging.Logger, warmed: WarmUp) -> None:
-    """The server is ready: compilations are warned of from now on, and those that its start had after the warm-up."""
+    """The server is ready: compilations are warned of from now on, and those that its start had after the warm-up.
+
+    Nothing where nothing was warmed, as on a CPU, which need not even have Triton.
+    """
+    if not warmed.layers:
+        return
     missed = sorted({found.kernel for found in compilations.compiled()[warmed.known :]})
     if missed:
         logger.warning("Compiled after the warm-up, while the server started: %s. Please report it.", ", ".join(missed))

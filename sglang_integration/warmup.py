@@ -33,7 +33,8 @@ def init_cuda_graphs(original: Callable[..., None], runner: Any, *args: Any, **k
         original(runner, *args, **kwargs)
         return
     warmed = warm(runner)
-    logger.info("%s", warmed)
+    if warmed.layers:
+        logger.info("%s", warmed)
     original(runner, *args, **kwargs)
     serve(logger, warmed)
 

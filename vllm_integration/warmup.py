@@ -93,7 +93,8 @@ def _warm(worker: Any, states: States) -> WarmUp:
         steps=lambda layer: steps,
     )
     warmed = warm_up(models, serving)
-    logger.info("%s", warmed)
+    if warmed.layers:
+        logger.info("%s", warmed)
     return warmed
 
 

@@ -1,12 +1,16 @@
 """What is compiled before a server is ready covers what its steps launch, and nothing of the model changes."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
+from qwen3next_plugin import warmup
+from qwen3next_plugin.kernels import compilations
 from qwen3next_plugin.kernels.gemm import policy, quantize_block
 from qwen3next_plugin.kernels.moe import config, ways
 from tests.helpers import output_of
@@ -60,3 +64,19 @@ def test_every_way_of_a_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (other, (29, 56)),
         (far, (114, 130)),
     ]
+
+
+def test_the_end_of_a_start_is_told_of_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What the engine's own start compiled after the warm-up shows what the warm-up has missed."""
+    late = (compilations.Compilation("_early", ""), compilations.Compilation("_late", "x:*bf16"))
+    monkeypatch.setattr(compilations, "compiled", lambda: late)
+    monkeypatch.setattr(compilations, "serve", served := Mock())
+    logger = logging.getLogger("a server's")
+    warmup.serve(logger, warmup.WarmUp(layers=0, compiled=0, seconds=0.0, known=0))
+    assert not served.called and not caplog.messages
+    warmup.serve(logger, warmup.WarmUp(layers=3, compiled=2, seconds=0.5, known=2))
+    assert not caplog.messages
+    warmup.serve(logger, warmup.WarmUp(layers=3, compiled=1, seconds=0.5, known=1))
+    (message,) = caplog.messages
+    assert "while the server started: _late." in message
+    assert served.call_args_list == 2 * [call(logger.warning)]
