@@ -34,6 +34,21 @@ def _gpu(
     return Gpu(name, capability, sms, shared * KIB, l2_mib * KIB * KIB, bandwidth, bf16, fp8, source)
 
 
+@dataclass(frozen=True)
+class Target:
+    """A GPU as far as choices of kernels go: the present one, or one that is only named."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def slug(self) -> str:
+        """`gpu_slug` of the name."""
+        return gpu_slug(self.name)
+
+
+NO_GPU = Target("none", (0, 0))
+
 _A100 = "NVIDIA A100 datasheet (80 GB SXM) and A100 architecture whitepaper"
 _ALL = (
     _gpu("NVIDIA H200", (9, 0), 132, 50, 4800, 989, 1979, "NVIDIA H200 datasheet; Hopper whitepaper (SMs, L2)"),
@@ -63,3 +78,11 @@ def gpu_slug(name: str) -> str:
 
 
 KNOWN: dict[str, Gpu] = {gpu_slug(gpu.name): gpu for gpu in _ALL}
+
+
+def target_named(slug: str) -> Target:
+    """The GPU that files call so. Raises ValueError for one that is not known."""
+    gpu = KNOWN.get(gpu_slug(slug))
+    if gpu is None:
+        raise ValueError(f"{slug!r} is no GPU known here: use one of {', '.join(KNOWN)}")
+    return Target(gpu.name, gpu.capability)

@@ -107,7 +107,7 @@ class GatedAttentionParts(nn.Module):
         )
         self.gated: FewRows | None = None
         if layers.size == 1:  # else the sum over ranks comes after the product, and is the engine's
-            self.gated = FewRows(f"{prefix}.o_proj", self.o_proj)
+            self.gated = FewRows(f"{prefix}.o_proj", self.o_proj, gated=True)
         else:
             take_few_rows(f"{prefix}.o_proj", self.o_proj)
         self.q_norm = WeightHolder(attention.head_dim)

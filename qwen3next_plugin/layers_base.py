@@ -19,7 +19,8 @@ class ParallelLayers:
 
     The layers' forward returns a tuple with the output first. ``fp8_block`` says of a module, by its prefix, whether
     its weights are FP8 in blocks (128) or not quantised (None); ``all_reduce`` sums over the ranks. Where modules are
-    stored in packed integers, ``integer_format`` says how, by the fused module's name (see `layers_integer`).
+    stored in packed integers, ``integer_format`` says how, by the fused module's name (see `layers_integer`);
+    ``left_out`` says which modules of a quantised checkpoint are not (see `layers_fp8`).
     """
 
     rank: int
@@ -34,10 +35,12 @@ class ParallelLayers:
     silu_and_mul: Callable[[], nn.Module]
     all_reduce: Callable[[torch.Tensor], torch.Tensor]
     integer_format: Callable[[str], IntegerFormat | None] = lambda prefix: None
+    left_out: Callable[[str], bool] = lambda prefix: False
 
     def options(self, prefix: str) -> dict[str, Any]:
         """What every quantisable layer is built with; ``prefix`` is its name in the checkpoint."""
-        return {"bias": False, "quant_config": self.quant_config, "prefix": prefix}
+        quant_config = None if self.left_out(prefix) else self.quant_config
+        return {"bias": False, "quant_config": quant_config, "prefix": prefix}
 
 
 def frozen_parameter(

@@ -9,7 +9,7 @@ Compiled graphs serve all numbers of rows, so there the choice is made inside on
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,11 +21,6 @@ from .kernels import dispatch
 from .kernels.gemm import MAX_ROWS, few_matmul, few_matmul_pair, fits_few
 from .kernels.rope import sigmoid_gate
 
-dispatch.declare(
-    "dense",
-    cuda=f"triton up to {MAX_ROWS} rows; the engine's layers for more, and where it re-laid their weights",
-    cpu="reference: the engine's layers",
-)
 _BY_NAME: "weakref.WeakValueDictionary[str, FewRows]" = weakref.WeakValueDictionary()
 
 
@@ -52,26 +47,36 @@ register_opaque_type(LayerKey, typ="value", hoist=True)
 class FewRows:
     """One of an engine's layers, or two that share their input, and how this rank's products come about.
 
-    ``name`` is one of a kind in this process among the layers of compiled models. Neither a module nor a holder of
-    parameters of its own.
+    ``name`` is one of a kind in this process among the layers of compiled models; ``gated`` says whether x comes with a
+    gate. Neither a module nor a holder of parameters of its own.
     """
 
-    def __init__(self, name: str, *layers: nn.Module) -> None:
+    def __init__(self, name: str, *layers: nn.Module, gated: bool = False) -> None:
         self.layers = layers
+        self.gated = gated
         self.name = name
         self._applies: list[Callable[..., torch.Tensor]] = []
         for layer in layers:
             method: Any = getattr(layer, "quant_method", None)
-            if method is not None:  # layers of this package have none
+            if method is not None:
                 self._applies.append(method.apply)
         _BY_NAME[name] = self
+
+    @property
+    def lent(self) -> bool:
+        """Whether all layers are an engine's: those of this package have no such method."""
+        return len(self._applies) == len(self.layers)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The layers' weights and factors as they are now, the first one's weight first."""
+        return [tensor for layer in self.layers for tensor in _weight(layer) if tensor is not None]
 
     def runs(self, x: torch.Tensor, *present: nn.Module) -> bool:
         """Whether x may come here: Triton is what runs on its device, and the weights are as the product takes them.
 
         ``present`` are the layers in the model now; one that stands in another's place (LoRA) is called instead.
         """
-        if len(self._applies) < len(self.layers) or dispatch.choose(x, None) != dispatch.TRITON:
+        if not self.lent or dispatch.choose(x, None) != dispatch.TRITON:
             return False
         pairs = zip(self.layers, present, strict=True)
         return all(layer is now and fits_few(x, *_weight(layer)) for layer, now in pairs)
@@ -88,6 +93,13 @@ class FewRows:
         """The same by the engine's own products."""
         x = x if gate is None else sigmoid_gate(x, gate)
         return [apply(layer, x, None) for apply, layer in zip(self._applies, self.layers, strict=True)]
+
+
+def few_rows_of(modules: Iterable[nn.Module]) -> list[FewRows]:
+    """Those of an engine's layers that are all among ``modules``, by name."""
+    there = set(map(id, modules))
+    found = [few for _, few in sorted(_BY_NAME.items()) if all(id(layer) in there for layer in few.layers)]
+    return [few for few in found if few.lent]
 
 
 def _weight(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,13 +7,57 @@ the blocks it lies in, on a finer grid where one grid of 128 cannot say it (`wei
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import nn
 
+from .errors import ConfigError
 from .kernels.gemm import FP8, block_fp8_matmul
 from .layers_base import ParallelLayers, frozen_parameter
+from .spec import Qwen3NextSpec
 from .weights_layout import FP8_BLOCK, take_block_scales, take_rows
 from .weights_shards import scale_block
+
+_PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def fp8_layers(layers: ParallelLayers, spec: Qwen3NextSpec) -> ParallelLayers:
+    """``layers``, unquantised for every module that config.json leaves out of FP8, by one rule in both engines.
+
+    Of an entry such as ``mlp.shared_expert`` vLLM takes nothing to be left out and SGLang all of it; the checkpoint's
+    tensors are what they are. The same object where nothing is left out.
+    """
+    if spec.quant is None or not spec.quant.ignored:
+        return layers
+    left_out, block = partial(left_out_of_fp8, spec=spec), layers.fp8_block
+    return replace(layers, left_out=left_out, fp8_block=lambda prefix: None if left_out(prefix) else block(prefix))
+
+
+def left_out_of_fp8(prefix: str, spec: Qwen3NextSpec) -> bool:
+    """Whether config.json leaves all parts of the (fused) module ``prefix`` unquantised. ConfigError: some of them."""
+    quant = spec.quant
+    if quant is None:
+        return False
+    above, _, name = prefix.rpartition(".")
+    if name == "experts":
+        if quant.is_ignored(prefix):
+            return True
+        named = set(quant.ignored)
+        projections = ("gate_proj", "up_proj", "down_proj")
+        parts = [f"{prefix}.{i}.{part}" for i in range(spec.moe.num_experts) for part in projections]
+        found = {part in named or part.rpartition(".")[0] in named for part in parts}
+    else:
+        parts = [f"{above}.{part}" for part in _PARTS.get(name, (name,))]
+        found = {quant.is_ignored(prefix) or quant.is_ignored(part) for part in parts}
+    if len(found) > 1:
+        raise ConfigError(
+            f"quantization_config leaves parts of {prefix} unquantised and others not: leave out all of {parts[0]} to "
+            f"{parts[-1].rpartition('.')[2]}, or none.",
+            field="quantization_config",
+        )
+    return found.pop()
 
 
 def cuts_fp8_blocks(width: int, prefix: str, layers: ParallelLayers) -> bool:

@@ -68,6 +68,15 @@ class Settings:
             "Default: the shipped ones.",
         },
     )
+    warm_up: bool = field(
+        default=True,
+        metadata={
+            "variable": "QWEN3NEXT_WARMUP",
+            "values": {"1": True, "0": False},
+            "help": "0 starts a GPU server without compiling every kernel first: its first requests wait for them. "
+            "Default 1.",
+        },
+    )
     record: Path | None = field(
         default=None,
         metadata={
@@ -149,6 +158,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         gdn_prefill=cast(GdnPrefill, values.get("gdn_prefill", "auto")),
         rope=cast(RopeShortcut | None, values.get("rope")),
         moe_configs=cast(Path | None, values.get("moe_configs")),
+        warm_up=bool(values.get("warm_up", True)),
         record=cast(Path | None, values.get("record")),
         record_experts=bool(values.get("record_experts", False)),
     )

@@ -154,14 +154,12 @@ class QuantSpec:
     def is_ignored(self, module: str) -> bool:
         """Whether the checkpoint module of this dotted name (no ``.weight``) is left unquantised.
 
-        An entry of ``ignored`` matches the module itself, everything below it, and, given as a tail such as
-        ``mlp.gate``, that module of every layer.
+        An entry of ``ignored`` matches the module itself, everything below it, and, given without what stands before
+        it, such as ``mlp.gate`` or ``linear_attn``, that module of every layer. Parts of names do not match.
         """
         if self.rules:
             return self.integer_format(module) is None
-        return any(
-            module == entry or module.startswith(entry + ".") or module.endswith("." + entry) for entry in self.ignored
-        )
+        return any(f".{entry.strip('.')}." in f".{module}." for entry in self.ignored)
 
     def integer_format(self, module: str) -> IntegerFormat | None:
         """How the linear layer of this name in the checkpoint is stored, None for one that is not made of integers."""

@@ -14,7 +14,7 @@ import torch
 from . import weights_packed
 from .config_quant import MIN_GROUP
 from .errors import WeightError
-from .spec import IntegerFormat, Qwen3NextSpec
+from .spec import IntegerFormat, LayerKind, Qwen3NextSpec
 from .weights_layout import take_block_scales, take_rows
 from .weights_map import SCALE_SUFFIX
 from .weights_sources import Placement
@@ -203,9 +203,7 @@ def check_tensor_parallel(spec: Qwen3NextSpec, size: int) -> None:
     """
     block = spec.quant.weight_block_size if spec.quant is not None else None
     for name, rule in _rules(spec).items():
-        if name.startswith(("model.", "lm_head.")) or (name.startswith("mlp.gate_up") and not spec.dense_layers):
-            continue
-        if name.startswith("mlp.down") and not spec.dense_layers:
+        if name.startswith(("model.", "lm_head.")) or not _layers_with(name, spec):
             continue
         _rows(rule, None, 0, size)
         if size > 1 and rule.dim == -1:
@@ -225,13 +223,23 @@ _PARTS = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj", "experts.w13": "exp
           "experts.w2": "experts.0.down_proj"}  # fmt: skip
 
 
+def _layers_with(name: str, spec: Qwen3NextSpec) -> list[str]:
+    """The prefixes of the decoder layers that have this tensor: lists of ignored modules name it in those only."""
+
+    def has(layer: int) -> bool:
+        if name.startswith("mlp."):
+            return name.startswith(("mlp.gate_up_proj", "mlp.down_proj")) == (layer in spec.dense_layers)
+        mixer = "linear_attn." if spec.layer_kinds[layer] is LayerKind.LINEAR else "self_attn."
+        return name.startswith(mixer) or not name.startswith(("linear_attn.", "self_attn."))
+
+    return [f"model.layers.{layer}." for layer in range(spec.num_layers) if has(layer)]
+
+
 def _quantised(name: str, spec: Qwen3NextSpec) -> bool:
     """Whether a layer of ``spec``, which has a quantisation, has this fused tensor in FP8."""
     assert spec.quant is not None
     module = _module_behind(name)
-    return module is not None and not all(
-        spec.quant.is_ignored(f"model.layers.{i}.{module}") for i in range(spec.num_layers)
-    )
+    return module is not None and not all(spec.quant.is_ignored(layer + module) for layer in _layers_with(name, spec))
 
 
 def _module_behind(name: str) -> str | None:
@@ -252,5 +260,5 @@ def integer_format(module: str, spec: Qwen3NextSpec) -> IntegerFormat | None:
 
 def _integer_formats(name: str, spec: Qwen3NextSpec) -> set[IntegerFormat]:
     """The formats that layers have this fused tensor in."""
-    found = (integer_format(f"model.layers.{i}.{name}", spec) for i in range(spec.num_layers))
+    found = (integer_format(layer + name, spec) for layer in _layers_with(name, spec))
     return {stored for stored in found if stored is not None}

@@ -19,6 +19,7 @@ from sglang.srt.layers.quantization.utils import is_layer_skipped
 from qwen3next_plugin import layers_moe
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_fp8 import fp8_layers
 from qwen3next_plugin.layers_integer import integer_layers
 
 from .names import get_parallel
@@ -44,4 +45,4 @@ def parallel_layers(spec: Qwen3NextSpec, quant_config: QuantizationConfig | None
         silu_and_mul=SiluAndMul,
         all_reduce=tensor_model_parallel_all_reduce,
     )
-    return integer_layers(layers, spec)
+    return integer_layers(fp8_layers(layers, spec), spec)

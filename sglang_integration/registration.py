@@ -33,6 +33,7 @@ _POOLS = "sglang.srt.mem_cache"
 _STATE_BUDGET = f"{_POOLS}.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache"
 _STATE_POOL = f"{_POOLS}.memory_pool.HybridReqToTokenPool._init_mamba_pool"
 _UNIFIED_POOL = f"{_POOLS}.unified_memory_pool.UnifiedHybridReqToTokenPool._init_mamba_pool"
+_GRAPHS = "sglang.srt.model_executor.model_runner.ModelRunner.init_cuda_graphs"
 _COMMIT = f"{_HYBRID}.HybridLinearAttnBackend.update_mamba_state_after_mtp_verify"
 _AROUND = {  # to functions of this package
     f"{_MODEL_CONFIG}._derive_context_length": "checks.derive_context_length",
@@ -43,6 +44,7 @@ _AROUND = {  # to functions of this package
     _STATE_POOL: "drafts.init_mamba_pool",
     _UNIFIED_POOL: "drafts.init_mamba_pool",
     _COMMIT: "drafts.update_mamba_state_after_mtp_verify",
+    _GRAPHS: "warmup.init_cuda_graphs",
 }
 TARGETS = (_GDN_BACKEND, *_AROUND)
 
@@ -62,6 +64,7 @@ RELIANCES = [
         "to commit accepted drafts",
         parameters=("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track"),
     ),
+    Reliance(_GRAPHS, "to compile kernels before graphs are captured"),
     Reliance(_STATE_BUDGET, "to give the memory of drafts' states to requests", parameters=("total_rest_memory",)),
     Reliance(
         f"{_POOLS}.kv_cache_configurator.KVCacheConfigurator",

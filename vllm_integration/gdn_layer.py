@@ -81,6 +81,12 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
         torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
         return self.finish(core)
 
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """conv_state [S, conv_dim, L] and ssm_state [S, HV, V, K] as the kernels take them, once vLLM has a cache."""
+        # The base class leaves one tensor a state here.
+        conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
+        return conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2), ssm_state
+
     def run_core(self, qkvz: torch.Tensor, ba: torch.Tensor, out: torch.Tensor) -> None:
         """Convolution, delta rule and gated norm of this step's rows; qkvz and ba are this rank's flat projections."""
         step_metadata = get_forward_context().attn_metadata
@@ -89,14 +95,11 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
             out.zero_()
             return
         assert isinstance(metadata, Qwen3NextGdnMetadata)
-        # The base class leaves one tensor a state here once the cache is allocated.
-        conv_state, ssm_state = cast(tuple[torch.Tensor, torch.Tensor], self.kv_cache)
         gdn_step(
             qkvz,
             *self.gates(ba),
             self.core_parameters(),
-            conv_state if is_conv_state_dim_first() else conv_state.transpose(1, 2),
-            ssm_state,
+            *self.states(),
             out,
             prefill=metadata.prefill,
             recurrent=metadata.recurrent,

@@ -9,6 +9,8 @@ from typing import Any
 from qwen3next_plugin.imports import when_imported
 from qwen3next_plugin.recording import Recorder, recorder, records_experts
 
+_MARK = "_qwen3next_watched"
+
 
 def offer() -> None:
     """Makes the synthetic load format known, and writes down steps where ``QWEN3NEXT_RECORD`` asks for it."""
@@ -33,7 +35,7 @@ def _watch_scheduler(record: Recorder) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     original = Scheduler.update_from_output
-    if hasattr(original, "__wrapped__"):
+    if _is_watched(original):
         return
 
     @functools.wraps(original)
@@ -43,14 +45,27 @@ def _watch_scheduler(record: Recorder) -> None:
             record.step(len(tokens), scheduler_output.total_num_scheduled_tokens, max(tokens.values()))
         return original(self, scheduler_output, model_runner_output)
 
-    Scheduler.update_from_output = update_from_output
+    Scheduler.update_from_output = _watched(update_from_output)
 
 
 def _watch_workers(record: Recorder) -> None:
     worker = _worker()
     original = worker.compile_or_warm_up_model
-    if not hasattr(original, "__wrapped__"):
-        worker.compile_or_warm_up_model = _observed(original, record)
+    if not _is_watched(original):
+        worker.compile_or_warm_up_model = _watched(_observed(original, record))
+
+
+def _watched(wrapper: Any) -> Any:
+    vars(wrapper)[_MARK] = True
+    return wrapper
+
+
+def _is_watched(function: Any) -> bool:
+    """Whether a wrapper of ours is there already, by its own mark, which wrappers around it copy.
+
+    ``__wrapped__`` would not do: vLLM sets it too, on functions that it traces where OpenTelemetry is installed.
+    """
+    return _MARK in vars(function)
 
 
 def _worker() -> Any:

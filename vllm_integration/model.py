@@ -33,6 +33,7 @@ from .decoder import decoder_layer
 from .gdn_layer import gdn_state_dtype, gdn_state_shape
 from .loading import load_weights
 from .spec import cos_sin_table, spec_of
+from .warmup import warm_up_before_serving
 
 
 @support_torch_compile
@@ -97,6 +98,7 @@ class Qwen3NextForCausalLM(nn.Module, HasInnerState, SupportsPP, IsHybrid):
         self.config = vllm_config.model_config.hf_text_config
         self.spec: Qwen3NextSpec = spec_of(vllm_config)
         announce(vllm_config)
+        warm_up_before_serving()
         self.model = Qwen3NextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.spec.vocab_size, self.spec.hidden_size, prefix=maybe_prefix(prefix, "lm_head")

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_s
 from qwen3next_plugin import layers_moe
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_fp8 import fp8_layers
 from qwen3next_plugin.layers_integer import integer_layers
 
 fp8_block_size = partial(
@@ -45,4 +46,4 @@ def parallel_layers(spec: Qwen3NextSpec, vllm_config: VllmConfig) -> ParallelLay
         silu_and_mul=SiluAndMul,
         all_reduce=tensor_model_parallel_all_reduce,
     )
-    return integer_layers(layers, spec)
+    return integer_layers(fp8_layers(layers, spec), spec)

@@ -48,8 +48,19 @@ def store_window(
         tl.store(target + column * target_column, last.to(target.dtype.element_ty), mask=in_dim)
 
 
-# What changes from step to step is not specialised on: a new batch size never compiles anything.
-@triton.jit(do_not_specialize=["num_rows", "slots_stride"])
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
+# a new batch never compiles anything.
+@triton.jit(
+    do_not_specialize=["num_rows", "slots_stride"],
+    do_not_specialize_on_alignment=[
+        "query_start",
+        "query_end",
+        "slots",
+        "has_initial_state",
+        "snapshot_positions",
+        "snapshot_slots",
+    ],
+)
 def _prefill_kernel(
     x,
     weight,
@@ -202,7 +213,10 @@ def causal_conv1d_prefill(
     )
 
 
-@triton.jit(do_not_specialize=["max_query_len", "slots_stride"])
+@triton.jit(
+    do_not_specialize=["max_query_len", "slots_stride"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots", "num_accepted_tokens", "snapshot_slots"],
+)
 def _update_kernel(
     x,
     weight,

@@ -19,12 +19,12 @@ from functools import partial
 from torch import Tensor
 
 from ..checks import check_optional
-from ..dispatch import TRITON, choose, declare
+from ..dispatch import TRITON, Choice, choose, declare
 from . import reference
 from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
 from .packed import PackedRows
-from .peers import HeadShape, choose_peer, describe_prefill, run_peer
+from .peers import HeadShape, choose_peer, prefill_choices, run_peer
 from .records import DraftRecords
 from .reference import SNAPSHOT_GRID
 from .validation import (
@@ -48,9 +48,9 @@ __all__ = [
     "gdn_verify_fused",
 ]
 
-declare("gdn_prefill", cuda=describe_prefill)
-declare("gdn_decode")
-declare("gdn_verify")
+declare("gdn_prefill", cuda=prefill_choices)
+declare("gdn_decode", cuda=(Choice("one token a row, beside rows of prompts", why="token by token"),))
+declare("gdn_verify", cuda=(Choice("drafts that leave a state each", why="token by token"),))
 
 
 def gdn_prefill(

@@ -7,13 +7,13 @@ applies the accepted tokens' rank-one updates, and writes it.
 
 from torch import Tensor
 
-from ..dispatch import TRITON, choose, declare
+from ..dispatch import TRITON, Choice, choose, declare
 from . import reference_drafts as reference
 from .records import DraftRecords
 from .validation import check_commit, check_fused, check_record, check_tokens, check_verify_rows
 
-declare("gdn_verify_fused")
-declare("gdn_commit")
+declare("gdn_verify_fused", cuda=(Choice("drafts that leave records", why="with convolution and norm, one launch"),))
+declare("gdn_commit", cuda=(Choice("after such drafts", why="all layers in one launch"),))
 
 
 def gdn_verify_fused(

@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from ..checks import check_optional
-from ..dispatch import TRITON, choose, declare
+from ..dispatch import TRITON, Choice, choose, declare
 from . import reference
 from .validation import check_decode_rows, check_fused, check_tokens
 
-declare("gdn_decode_fused")
+declare("gdn_decode_fused", cuda=(Choice("a step that only decodes", why="with convolution and norm, one launch"),))
 
 
 def gdn_decode_fused(

@@ -9,13 +9,15 @@ for a shape, or failed, is never chosen. Which shapes go where is data: :mod:`.p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dispatch import Choice
+from ..gpus import Target
 from . import peer_table
 from .packed import PackedRows
 from .reference import Gates
@@ -202,16 +204,72 @@ def try_offers(shape: HeadShape, device: torch.device, snapshot_grid: int | None
         raise ValueError(f"prefill by {_wanted!r} was asked for, but it cannot be had: {why}; ask for 'auto' or 'own'")
 
 
-def describe_prefill() -> str:
-    """What runs prefills, for the activation line: our own kernels, who takes over where, and what is missing."""
-    texts = []
+def launch_around_peers(
+    packed: PackedRows,
+    mixed_qkv: Tensor,
+    gates: Gates,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    out: Tensor,
+    snapshot: tuple[Tensor, Tensor] | None,
+) -> None:
+    """What :func:`run_peer` launches before and after each offer that may run such a prefill, without the offer.
+
+    For a warm-up, with rows that are skipped; the offers themselves were built when they were tried.
+    """
+    _, v_heads, value_dim, key_dim = ssm_state.shape
+    shape = HeadShape(num_k_heads, v_heads, key_dim, value_dim, mixed_qkv.dtype)
+    for name, peer in _offers.items():
+        if (name, shape, snapshot is not None) in _tried:
+            run_peer(
+                replace(peer, function=_give_back),
+                packed,
+                mixed_qkv,
+                gates,
+                ssm_state,
+                num_k_heads,
+                query_start,
+                query_end,
+                max_query_len,
+                state_slots,
+                has_initial_state,
+                out,
+                snapshot,
+            )
+
+
+def _give_back(call: PeerCall) -> tuple[Tensor, Tensor | None]:
+    return call.state, call.state if call.keep_checkpoints else None
+
+
+def prefill_choices(target: Target) -> list[Choice]:
+    """For the table of what runs: our own kernels, who takes over where, and what is missing.
+
+    Where no engine has offered anything in this process, those that would be tried on that GPU.
+    """
+    choices = [
+        Choice("bfloat16 tokens, heads of a multiple of 64", why="two kernels, chunks of 64, products in bfloat16"),
+        Choice(
+            "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
+        ),
+    ]
+    if _wanted == AUTO and not _offers and not _missing:
+        why = "where the engine has it and its trial at start succeeds"
+        rules = [rule for rule in peer_table.RULES if rule.capability == target.capability]
+        return [*choices, *(Choice(_range_of(rule.peer), rule.peer, why) for rule in rules)]
     for name in dict.fromkeys((*(rule.peer for rule in peer_table.RULES), *_offers, *_missing)):
         tried = [keeps for tried_name, _, keeps in _tried if tried_name == name]
         if tried:
-            texts.append(f"{name} {_range_of(name)}" + ("" if True in tried else ", not where snapshots are kept"))
+            where = _range_of(name) + ("" if True in tried else ", not where snapshots are kept")
+            choices.append(Choice(where, name, "the engine's, tried at its start"))
         elif name in _missing:
-            texts.append(f"no {name}: {_missing[name]}")
-    return "; ".join(["triton", *texts])
+            choices.append(Choice(f"no {name}", why=_missing[name]))
+    return choices
 
 
 def _range_of(name: str) -> str:

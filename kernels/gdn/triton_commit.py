@@ -11,7 +11,10 @@ from .triton_formula import add_write, as_stored
 MAX_BLOCK_V = 32
 
 
-@triton.jit(do_not_specialize=["slots_stride", "num_records", "record_tokens"])
+@triton.jit(
+    do_not_specialize=["slots_stride", "num_records", "record_tokens"],
+    do_not_specialize_on_alignment=["slots", "last_tokens", "snapshot_slots", "snapshot_tokens"],
+)
 def _commit_kernel(
     windows,
     state,

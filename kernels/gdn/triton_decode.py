@@ -60,8 +60,12 @@ def _advance_window(
     return y * tl.sigmoid(y)
 
 
-# What changes from step to step is not specialised on: a new batch size never compiles anything.
-@triton.jit(do_not_specialize=["num_rows", "num_tokens", "slots_stride"])
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
+# a new batch never compiles anything.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tokens", "slots_stride"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots", "snapshot_slots"],
+)
 def _gdn_decode_kernel(
     qkv,
     z,

@@ -18,7 +18,12 @@ BLOCK_TOKENS = 16
 BLOCK_V = 32
 
 
-@triton.jit(do_not_specialize=["first", "tokens", "max_query_len", "slots_stride", "num_rows"])
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
+# a new batch never compiles anything.
+@triton.jit(
+    do_not_specialize=["first", "tokens", "max_query_len", "slots_stride", "num_rows"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots"],
+)
 def _split_kernel(
     qkv,
     a,
@@ -92,7 +97,7 @@ def _split_kernel(
         tl.store(beta_out + t * V_HEADS + head, tl.where(live, beta, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["slots_stride"])
+@triton.jit(do_not_specialize=["slots_stride"], do_not_specialize_on_alignment=["slots", "has_initial_state"])
 def _collect_kernel(
     state,
     collected,
@@ -126,7 +131,10 @@ def _collect_kernel(
     tl.store(collected + to, s, mask=tile)
 
 
-@triton.jit(do_not_specialize=["slots_stride", "grid"])
+@triton.jit(
+    do_not_specialize=["slots_stride", "grid"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots", "snapshot_positions", "snapshot_slots"],
+)
 def _put_back_kernel(
     final,
     checkpoints,

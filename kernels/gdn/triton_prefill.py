@@ -30,8 +30,12 @@ _CHUNK_REGISTERS: int | None = None
 _WALK_STAGES = 2
 
 
-# What changes from step to step is not specialised on: a new batch size never compiles anything.
-@triton.jit(do_not_specialize=["num_rows", "slots_stride"])
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
+# a new batch never compiles anything.
+@triton.jit(
+    do_not_specialize=["num_rows", "slots_stride"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots"],
+)
 def _chunk_kernel(
     qkv,
     a,
@@ -127,7 +131,17 @@ def _chunk_kernel(
     tl.store(U_out + at[:, None] * VALUE_DIM + v_index[None, :], U.to(DOT), mask=v_tile)
 
 
-@triton.jit(do_not_specialize=["slots_stride"])
+@triton.jit(
+    do_not_specialize=["slots_stride"],
+    do_not_specialize_on_alignment=[
+        "query_start",
+        "query_end",
+        "slots",
+        "has_initial_state",
+        "snapshot_positions",
+        "snapshot_slots",
+    ],
+)
 def _walk_kernel(
     qkv,
     W_in,

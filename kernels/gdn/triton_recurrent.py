@@ -16,7 +16,10 @@ def load_normalized(pointer, stride, index, mask):
 
 
 # Unspecialised, decode and verify are one binary: one compilation, and outputs equal to the bit.
-@triton.jit(do_not_specialize=["max_query_len", "initial_slots_stride", "output_slots_row", "output_slots_token"])
+@triton.jit(
+    do_not_specialize=["max_query_len", "initial_slots_stride", "output_slots_row", "output_slots_token"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "initial_slots", "output_slots", "snapshot_slots"],
+)
 def _recurrent_kernel(
     qkv,
     a,

@@ -61,9 +61,11 @@ def _convolve(
     return y * tl.sigmoid(y)
 
 
-# What changes from step to step is not specialised on: a new batch size never compiles anything.
+# What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's,
+# nor where a layer's decays do: a new batch never compiles anything.
 @triton.jit(
-    do_not_specialize=["num_rows", "num_tokens", "num_records", "record_tokens", "max_query_len", "slots_stride"]
+    do_not_specialize=["num_rows", "num_tokens", "num_records", "record_tokens", "max_query_len", "slots_stride"],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots", "decays"],
 )
 def _gdn_verify_kernel(
     qkv,

@@ -6,7 +6,7 @@ from .. import dispatch
 from . import formats, reference
 from .few import MAX_ROWS, few_matmul, few_matmul_pair, fits_few
 from .formats import check_quantized, check_rounding, columns_of
-from .policy import activation_text, integer_text, quantizes_activations
+from .policy import INTEGERS, fp8_choices, quantizes_activations
 from .reference import FP8, block_size, dequantize_block, has_row_factors, quantize_block
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 dispatch.declare("quantize_tokens")
-dispatch.declare("quantized_matmul", cuda=lambda: f"triton ({integer_text()})")
-dispatch.declare("block_fp8_matmul", cuda=lambda: f"triton ({activation_text()})")
+dispatch.declare("quantized_matmul", cuda=(INTEGERS,))
+dispatch.declare("block_fp8_matmul", cuda=fp8_choices)
 
 
 def _quantize_tokens_fake(x: torch.Tensor, *, backend: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from .reference import FP8, block_size, dequantize_block, has_row_factors
 
 MAX_ROWS = 16
 
-dispatch.declare("few_matmul", cuda=f"triton (up to {MAX_ROWS} rows, activations kept)")
+dispatch.declare("few_matmul", cuda=(dispatch.Choice(f"up to {MAX_ROWS} rows", why="one launch, activations kept"),))
 
 
 def _blocks_fit(weight: torch.Tensor, scale_inv: torch.Tensor) -> bool:

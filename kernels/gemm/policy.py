@@ -11,6 +11,9 @@ import functools
 
 import torch
 
+from ..dispatch import Choice
+from ..gpus import Target
+
 MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 FP8_CAPABILITY = (8, 9)
 MIN_ROWS = 64  # of a product, from which FP8 arithmetic is used
@@ -67,18 +70,17 @@ def _require(device: torch.device, least: tuple[int, int], what: str, remedy: st
         )
 
 
-def integer_text() -> str:
-    """One phrase saying what any GPU does with INT4 and INT8 weights, for the activation log line."""
-    return (
-        "INT4 and INT8 weights: widened in the kernels, activations kept, or INT8 a token where the checkpoint says so"
-    )
+def fp8_choices(target: Target, least: int = MIN_ROWS) -> list[Choice]:
+    """What that GPU does with activations that meet FP8 weights in blocks, by the rows that meet one."""
+    if target.capability < FP8_CAPABILITY:
+        return [Choice("FP8 blocks", why="no FP8 units here, widened in the kernels, activations kept")]
+    return [
+        Choice(f"FP8 blocks, below {least} rows", why="widened in the kernels, activations kept: bound by memory"),
+        Choice(f"FP8 blocks, from {least} rows", why="activations rounded to FP8 by 1x128 groups"),
+    ]
 
 
-def activation_text() -> str:
-    """One phrase saying what the present GPU does, for the activation log line."""
-    if not torch.cuda.is_available():
-        return "FP8 weights: activations kept"
-    if has_fp8_units(torch.device("cuda", torch.cuda.current_device())):
-        fewest = f"{MIN_ROWS} rows ({MIN_EXPERT_ROWS} an expert)"
-        return f"FP8 weights: activations kept below {fewest}, FP8 by 1x128 groups from there"
-    return "FP8 weights: no FP8 units here, widened in the kernels, activations kept"
+INTEGERS = Choice(
+    "INT4 and INT8 weights",
+    why="widened in the kernels, activations kept, or INT8 a token where the checkpoint says so",
+)

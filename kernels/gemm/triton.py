@@ -134,7 +134,8 @@ def round_to_fp8(x, FP8_MAX: tl.constexpr, INTERPRETED: tl.constexpr):
     return values, scale
 
 
-@triton.jit
+# A step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["M"])
 def _quantize_tokens_kernel(
     x_ptr,
     codes_ptr,
@@ -185,7 +186,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # as above
 def _block_fp8_matmul_kernel(
     x_ptr,
     x_scale_ptr,

@@ -218,7 +218,8 @@ def step_of(weight: torch.Tensor, scale: torch.Tensor, wanted: int, columns: int
     return max(within, _LEAST_STEP), group
 
 
-@triton.jit
+# A step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["M"])
 def _quantized_matmul_kernel(
     x_ptr,
     x_scale_ptr,

@@ -3,16 +3,12 @@
 import torch
 
 from .. import dispatch
-from ..gemm.policy import MIN_EXPERT_ROWS, activation_text, integer_text, quantizes_activations
-from ..gemm.reference import FP8, has_row_factors
 from . import reference
 from .check import check_fused_moe, check_route, check_shared
-from .config import config_text
+from .ways import way_choices
 
 dispatch.declare("route")
-dispatch.declare(
-    "fused_moe", cuda=lambda: f"triton ({activation_text()}; {integer_text()}, tiles from a table; {config_text()})"
-)
+dispatch.declare("fused_moe", cuda=way_choices)
 dispatch.declare("add_shared_expert")
 
 
@@ -116,10 +112,6 @@ def fused_moe(
         return reference.fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, rounds, w13_zero, w2_zero)
     from . import triton
 
-    if quantize_activations is None:
-        rows = topk_ids.numel() // max(w13.shape[0], 1)
-        blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
-        quantize_activations = blocks and quantizes_activations(rows, x.device, MIN_EXPERT_ROWS)
     return triton.fused_moe(
         x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, w13_zero, w2_zero, num_shared
     )

@@ -196,11 +196,8 @@ def choose_config(tokens: int, top_k: int, w13: torch.Tensor, activation_bytes: 
     return default_config(tokens * top_k, experts, activation_bytes, w13.dtype in (torch.uint8, torch.int8))
 
 
-def config_text() -> str:
-    """One phrase for the activation log line: which files there are for the present GPU, and where they come from."""
-    if not torch.cuda.is_available():
-        return "configs: table"
-    gpu = _gpu_of(torch.device("cuda", torch.cuda.current_device()))
+def config_text(gpu: str) -> str:
+    """One phrase for the log and the table: which files there are for the GPU of that slug, and where from."""
     found: dict[str, str] = {}
     for folder in reversed(_folders()):
         own = " by you" if folder != CONFIGS else ""

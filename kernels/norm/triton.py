@@ -16,7 +16,8 @@ def _row_offsets(rows, inner, stride_a, stride_b):
     return (rows // inner).to(tl.int64) * stride_a + (rows % inner).to(tl.int64) * stride_b
 
 
-@triton.jit
+# A step's number of rows is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     other_ptr,

@@ -35,7 +35,8 @@ def _copy_head(source_ptr, out_ptr, head_dim, BLOCK_D: tl.constexpr):
     tl.store(out_ptr + cols, tl.load(source_ptr + cols, mask=cols < head_dim), mask=cols < head_dim)
 
 
-@triton.jit
+# Positions may be any slice of a step's, and are read one by one.
+@triton.jit(do_not_specialize=["positions_stride"], do_not_specialize_on_alignment=["positions_ptr"])
 def _qk_norm_rope_kernel(
     qkv_ptr,
     q_weight_ptr,

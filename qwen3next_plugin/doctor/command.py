@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import SettingsError
 from .checks import examine
 from .finding import Finding, Level
+from .kernels import print_kernels
 from .surroundings import Surroundings
 
 WITH_ERRORS = 1
@@ -24,11 +26,22 @@ def doctor(
         typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint directory, to be looked at too.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Print instead what runs for each operation, on the GPU here, and why.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --kernels: on this GPU, such as h200 or rtx-4090.")
+    ] = None,
 ) -> None:
     """Look at this environment: what is installed, what each engine would serve, and what to mend.
 
     Starts no engine. Prints a line a finding; exits with 1 if one of them is an error.
     """
+    if gpu is not None and not kernels:
+        raise SettingsError("--gpu is about kernels: give --kernels with it.")
+    if kernels:
+        print_kernels(gpu, as_json)
+        return
     surroundings = Surroundings(checkpoint=checkpoint.absolute() if checkpoint else None)
     with Console(stderr=True).status("Looking, and asking the engines: this takes some seconds"):
         findings = list(examine(surroundings))

@@ -1,6 +1,7 @@
 """Choosing implementations, saying which, and what kernels may import."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 import qwen3next_plugin.kernels as kernels
 from qwen3next_plugin.kernels import dispatch, gemm, moe, norm, rope
+from qwen3next_plugin.kernels.dispatch import Choice
+from qwen3next_plugin.kernels.gpus import NO_GPU, Target, target_named
 
 KERNELS = Path(kernels.__path__[0])
 COMPILED_OPS = {
@@ -68,10 +71,43 @@ def test_describe_names_every_operation() -> None:
 def test_declarations_are_asked_for_when_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_DECLARED", dict(dispatch._DECLARED))
     said = ["first"]
-    dispatch.declare("an_operation", cuda=lambda: said[-1], cpu="plain")
+    dispatch.declare("an_operation", cuda=lambda target: [Choice(why=said[-1]), Choice("others", "library")])
     said.append("second")
-    assert dispatch.describe("cuda")["an_operation"] == "second"
-    assert dispatch.describe("cpu")["an_operation"] == "plain"
+    assert dispatch.describe("cuda")["an_operation"] == "triton and library (all: second)"
+    assert dispatch.describe("cpu")["an_operation"] == "reference"
+
+
+def test_the_table_is_that_of_the_gpu_asked_for() -> None:
+    """Where a choice hangs on the GPU, rows differ; what an engine's log says comes from the same rows."""
+
+    def rows(target: Target | None, op: str) -> list[Choice]:
+        return [row.choice for row in dispatch.table(target) if row.operation == op]
+
+    h200, a100 = target_named("h200"), target_named("NVIDIA A100-SXM4-80GB")
+    assert (h200.capability, a100.capability) == ((9, 0), (8, 0))
+    rounded = [choice for choice in rows(h200, "fused_moe") if "rounded" in choice.why]
+    assert [choice.shapes for choice in rounded] == ["from 5 tokens, FP8 blocks, from 2 rows an expert"]
+    said = rounded[0].tiles.removeprefix("configs for h200: ").split(";")[0]
+    assert sum(map(int, re.findall(r"\d+", said))) == len(list((KERNELS / "moe" / "configs" / "h200").glob("E=*.json")))
+    assert not any("rounded" in choice.why for choice in rows(a100, "fused_moe"))
+    assert "Marlin" in " ".join(choice.why for choice in rows(a100, "linear projections"))
+    assert "Marlin" not in " ".join(choice.why for choice in rows(h200, "linear projections"))
+    assert [choice.runs for choice in rows(None, "fused_moe")] == ["reference"]
+    for op, text in dispatch.describe("cuda").items():
+        assert all(choice.runs in text for choice in rows(dispatch.present() or NO_GPU, op))
+    assert "attention over the cache" not in dispatch.describe("cuda")
+    assert [choice.runs for choice in rows(h200, "attention over the cache")] == ["engine"]
+    with pytest.raises(ValueError, match="'h300' is no GPU known here: use one of h200, h100"):
+        target_named("h300")
+
+
+def test_the_table_follows_the_preference() -> None:
+    try:
+        dispatch.prefer(dispatch.REFERENCE)
+        own = {row.choice.runs for row in dispatch.table(target_named("h200")) if row.own}
+    finally:
+        dispatch.prefer(None)
+    assert own == {"reference"}
 
 
 @pytest.mark.parametrize("name", COMPILED_OPS)

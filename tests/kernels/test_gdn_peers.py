@@ -12,6 +12,7 @@ from qwen3next_plugin.kernels import dispatch, gdn
 from qwen3next_plugin.kernels.gdn import PackedRows, peer_table, peers
 from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
 from qwen3next_plugin.kernels.gdn.peers import HeadShape, PeerCall
+from qwen3next_plugin.kernels.gpus import NO_GPU
 from tests.helpers import nan_like
 
 from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
@@ -29,6 +30,13 @@ from .slots import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def described() -> list[str]:
+    """What the table says besides our own kernels, a text a row."""
+    choices = peers.prefill_choices(NO_GPU)
+    assert [choice.runs for choice in choices[:2]] == ["triton"] * 2
+    return [f"{choice.runs} {choice.shapes}: {choice.why}" for choice in choices[2:]]
 
 
 class FakeFlashInfer:
@@ -247,7 +255,7 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason(device: str) -> None:
     tokens = case(60, device)
     peers.offer_prefill(small(flashinfer_peer(broken)))
     peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
-    assert dispatch.describe("cuda")["gdn_prefill"] == "triton; no flashinfer: RuntimeError: no compiler"
+    assert dispatch.describe("cuda")["gdn_prefill"].endswith("; no flashinfer: RuntimeError: no compiler)")
 
 
 def test_an_offer_for_other_heads_is_not_tried(device: str) -> None:
@@ -255,17 +263,23 @@ def test_an_offer_for_other_heads_is_not_tried(device: str) -> None:
     tokens = case(60, device)
     peers.offer_prefill(flashinfer_peer(fake))
     peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
-    assert not fake.calls and "not for torch.float32 tokens with heads of 16" in peers.describe_prefill()
+    (said,) = described()
+    assert not fake.calls and "not for torch.float32 tokens with heads of 16" in said
 
 
 def test_what_is_chosen_is_described(device: str) -> None:
-    assert peers.describe_prefill() == "triton"
+    hoped = "where the engine has it and its trial at start succeeds"
+    assert described() == [
+        f"{rule.peer} from {rule.min_tokens} tokens on, {rule.min_mean} a row: {hoped}" for rule in peer_table.RULES
+    ]
     tokens = case(60, device)
     fake = offer(tokens)
-    assert peers.describe_prefill() == "triton; flashinfer from 40 tokens on, 10 a row, not where snapshots are kept"
+    by, tried = "flashinfer from 40 tokens on, 10 a row", "the engine's, tried at its start"
+    assert described() == [f"{by}, not where snapshots are kept: {tried}"]
+    assert dispatch.describe("cuda")["gdn_prefill"].endswith(f"; {by}, not where snapshots are kept: {tried})")
     offer(tokens, fake, grid=64)
     peers.say_missing("fla", "not in this engine")
-    assert peers.describe_prefill() == "triton; flashinfer from 40 tokens on, 10 a row; no fla: not in this engine"
+    assert described() == [f"{by}: {tried}", "triton no fla: not in this engine"]
 
 
 def test_the_first_rule_that_fits_decides_and_a_wish_overrides_it(device: str) -> None:
@@ -288,7 +302,7 @@ def test_the_first_rule_that_fits_decides_and_a_wish_overrides_it(device: str) -
     for wish, expected in (("own", None), ("fla", "fla"), ("flashinfer", "flashinfer")):
         peers.prefer_prefill(wish)
         assert [chosen(length) for length in (1, 60)] == [expected] * 2
-    assert "flashinfer wherever it can, as asked" in peers.describe_prefill()
+    assert any(text.startswith("flashinfer wherever it can, as asked") for text in described())
 
 
 def test_a_wish_that_cannot_be_had_is_refused(device: str) -> None:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3next_plugin.kernels.moe.triton.align import _MANY, align, max_tiles
+from qwen3next_plugin.kernels.moe.triton.align import align, max_tiles
+from qwen3next_plugin.kernels.moe.ways import MANY_PAIRS
 
 
 @given(data=st.data())
@@ -37,10 +38,10 @@ def test_pairs_are_sorted_into_tiles_of_one_expert(data: st.DataObject, device: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "block"), [(1200, 3, 16), (_MANY // 2, 3, 16), (2500, 40, 64), (_MANY, 513, 128)]
+    ("tokens", "experts", "block"), [(1200, 3, 16), (MANY_PAIRS // 2, 3, 16), (2500, 40, 64), (MANY_PAIRS, 513, 128)]
 )
 def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device: str) -> None:
-    """One scan after another, and from `_MANY` pairs on chunks; pairs without an expert here, an expert without any."""
+    """One scan after another, from `MANY_PAIRS` on chunks; pairs without an expert here, an expert without any."""
     ids = torch.randint(-1, experts + 1, (tokens, 2), dtype=torch.int32, device=device)
     ids[ids == experts // 2] = 0
     tiles = align(ids, experts, block)

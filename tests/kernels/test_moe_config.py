@@ -155,14 +155,14 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_log_says_where_configs_come_from(tmp_path: Path) -> None:
-    assert "none, a table for all GPUs; `qwen3next tune moe`" in config.config_text()
+    assert "none, a table for all GPUs; `qwen3next tune moe`" in config.config_text("h4711")
     write(config.CONFIGS, [], "model")
     write(config.CONFIGS, [], "model", "E=8,H=16,I=8,dtype=bfloat16.json")
-    text = config.config_text()
+    text = config.config_text("h4711")
     assert text == "configs for h4711: 2 computed from its properties; `qwen3next tune moe` measures them"
     write(tmp_path / "own", [])
     config.use_folder(tmp_path / "own")
-    assert "1 computed from its properties and 1 measured by you; `qwen3next" in config.config_text()
+    assert "1 computed from its properties and 1 measured by you; `qwen3next" in config.config_text("h4711")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
+from qwen3next_plugin.kernels.moe import ways
 from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
 from qwen3next_plugin.kernels.moe.triton import experts as experts_module
 
@@ -30,7 +31,7 @@ WAYS = ("reference", "sorted", "few")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "reference":
         return "reference"
-    monkeypatch.setattr(experts_module, "MAX_TOKENS", 0 if request.param == "sorted" else 1 << 30)
+    monkeypatch.setattr(ways, "MAX_TOKENS", 0 if request.param == "sorted" else 1 << 30)
     return "triton"
 
 
@@ -237,8 +238,8 @@ def test_a_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch, device: st
     def short_way(tokens: int, weights: str = "float") -> bool:
         return bool((problem(random_ids(tokens, 3, 2, device), 3, 32, 16, weights).run("triton") == 7.0).all())
 
-    assert short_way(1) and short_way(experts_module.MAX_TOKENS) and short_way(1, "fp8")
-    assert not short_way(experts_module.MAX_TOKENS + 1) and not short_way(1, "fp8 activations")
+    assert short_way(1) and short_way(ways.MAX_TOKENS) and short_way(1, "fp8")
+    assert not short_way(ways.MAX_TOKENS + 1) and not short_way(1, "fp8 activations")
     with forced(moe.config.default_config(2, 3, 4)):
         assert not short_way(1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
-from qwen3next_plugin.kernels.moe import config
+from qwen3next_plugin.kernels.moe import config, ways
 
 from .common import BACKENDS, DTYPES, assert_close, assert_compiles, assert_repeatable, to64, tolerance
 from .integer_case import FORMATS, Experts, experts_case, limit
@@ -154,7 +154,7 @@ def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.Mon
         asked.append(rows)
         return False
 
-    monkeypatch.setattr(moe, "quantizes_activations", never)
+    monkeypatch.setattr(ways, "quantizes_activations", never)
     x, router, ids = torch.randn(2, 32, device=device), torch.rand(2, 1, device=device), random_ids(2, 2, 1, device)
     q13, s13 = gemm.quantize_block(torch.randn(2, 64, 32, device=device), (1, 32))
     q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32, device=device), (1, 32))

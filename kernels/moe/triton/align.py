@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-_SCAN = 1024  # ids a program looks at a time
+from ..ways import chunked, scan_of
+
 _CHUNK = 128  # pairs that are compared with each other where there are many
-_MANY = 4096  # pairs, from which on chunks are quicker than scans by every expert
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
     return min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
 
 
-@triton.jit
+# What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["num_pairs"])
 def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     expert = tl.program_id(0)
     lanes = tl.arange(0, SCAN)
@@ -50,7 +51,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
@@ -94,7 +95,7 @@ def _place_kernel(
         tl.store(starts_ptr + expert, position)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _chunk_count_kernel(
     ids_ptr, counts_ptr, ranks_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -114,7 +115,7 @@ def _chunk_count_kernel(
     tl.store(counts_ptr + chunk * num_experts + ids, ranks + 1, mask=last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _running_count_kernel(counts_ptr, totals_ptr, num_chunks, num_experts, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr):
     """Each chunk's counts become those of the chunks before it; totals [E]: those of all chunks."""
     experts = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
@@ -129,7 +130,7 @@ def _running_count_kernel(counts_ptr, totals_ptr, num_chunks, num_experts, CHUNK
     tl.store(totals_ptr + experts, total, mask=experts < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _chunk_place_kernel(
     ids_ptr, ranks_ptr, before_ptr, starts_ptr, pairs_ptr, num_pairs, num_experts, CHUNK: tl.constexpr
 ):
@@ -150,8 +151,8 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
-    scan = min(_SCAN, max(16, triton.next_power_of_2(num_pairs)))
-    block_e, many, chunks = triton.next_power_of_2(num_experts), num_pairs >= _MANY, triton.cdiv(num_pairs, _CHUNK)
+    scan = scan_of(num_pairs)
+    block_e, many, chunks = triton.next_power_of_2(num_experts), chunked(num_pairs), triton.cdiv(num_pairs, _CHUNK)
     starts = before = ranks = counts
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)

@@ -15,12 +15,14 @@ from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
 from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
-from ..config import Tile, choose_config, is_forced
+from ..config import Tile
+from ..ways import choose_way
 from .align import Tiles, align
-from .few import MAX_TOKENS, fused_moe_few, suits_few
+from .few import fused_moe_few
 
 
-@triton.jit
+# A step's number of pairs is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     a_ptr,
     a_scale_ptr,
@@ -248,7 +250,7 @@ def fused_moe(
     topk_ids: torch.Tensor,
     w13_scale: torch.Tensor | None,
     w2_scale: torch.Tensor | None,
-    quantize_activations: bool,
+    quantize_activations: bool | None,
     w13_zero: torch.Tensor | None = None,
     w2_zero: torch.Tensor | None = None,
     num_shared: int = 0,
@@ -264,25 +266,24 @@ def fused_moe(
         return x.new_zeros(x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
     topk_weights, topk_ids = (t if t.stride(1) == 1 else t.contiguous() for t in (topk_weights, topk_ids))
-    if tokens <= MAX_TOKENS and suits_few(w13, w13_scale, quantize_activations) and not is_forced():
+    way = choose_way(tokens, top_k, x.element_size(), w13, w13_scale, quantize_activations, num_shared)
+    config = way.config
+    if config is None:
         return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
-    config = choose_config(
-        tokens, top_k - num_shared, w13[: num_experts - num_shared], 1 if quantize_activations else x.element_size()
-    )
     tiles = align(topk_ids, num_experts, config.block_m)
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     # Where a tile of gate and up is as wide as a group of the next product's inputs, it rounds them itself.
-    rounds = quantize_activations and w13.dtype is FP8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
+    rounds = way.quantize and w13.dtype is FP8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
     activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
     scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     values = x.new_empty((tokens * top_k, hidden))
     _grouped(
         x, w13, w13_scale, w13_zero, tiles, config.gate_up, activated,
-        pairs_per_row=top_k, swiglu=True, quantize=quantize_activations, out_scale=scale,
+        pairs_per_row=top_k, swiglu=True, quantize=way.quantize, out_scale=scale,
     )  # fmt: skip
     _grouped(
         activated, w2, w2_scale, w2_zero, tiles, config.down, values,
-        pairs_per_row=1, swiglu=False, quantize=quantize_activations, a_scale=scale,
+        pairs_per_row=1, swiglu=False, quantize=way.quantize, a_scale=scale,
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(hidden))
     _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](

@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from ...gemm.policy import weight_codes
-from ...gemm.reference import FP8, GROUP, block_size, has_row_factors
+from ...gemm.reference import GROUP, block_size
 from ...gemm.triton import widened
 
-MAX_TOKENS = 4
 _ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
 _DEPTH = 256  # columns of them loaded at once by gate and up
 _LANES = 2048  # columns of several choices' down matrices loaded at once
@@ -124,13 +123,6 @@ def _down_kernel(
         total += widened(down_rows) * gated[None, :]
     result = tl.sum(total, axis=1)
     tl.store(out_ptr + token * H + rows, result.to(out_ptr.dtype.element_ty), mask=rows < H)
-
-
-def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activations: bool) -> bool:
-    """Whether weights of this format can go the short way: as they are, or FP8 in blocks."""
-    if quantize_activations:
-        return False
-    return w13_scale is None or (w13.dtype is FP8 and not has_row_factors(w13, w13_scale))
 
 
 def fused_moe_few(

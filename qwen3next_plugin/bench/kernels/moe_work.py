@@ -14,11 +14,10 @@ from torch import Tensor
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels import moe
-from qwen3next_plugin.kernels.gemm.policy import quantizes_activations
 from qwen3next_plugin.kernels.gpus import KNOWN
 from qwen3next_plugin.kernels.moe import reference
-from qwen3next_plugin.kernels.moe.config import choose_config, config_object
-from qwen3next_plugin.kernels.moe.triton.experts import MAX_TOKENS, suits_few
+from qwen3next_plugin.kernels.moe.config import config_object
+from qwen3next_plugin.kernels.moe.ways import choose_way, rounds
 from qwen3next_plugin.tune.cuda import CudaMachine, layers_that_fit
 from qwen3next_plugin.tune.problem import Problem, problem_of
 
@@ -110,7 +109,7 @@ class MoeBuilder:
 
 def _rounds(one: MoeInputs, does: str) -> bool:
     _, w13, _, _, ids, s13, _ = one.arguments(does)
-    return s13 is not None and quantizes_activations(ids.numel() // w13.shape[0], one.x.device)
+    return rounds(ids.numel() // w13.shape[0], w13, s13)
 
 
 def _run(arguments: tuple[Any, ...], does: str) -> Tensor:
@@ -135,9 +134,9 @@ def _facts(one: MoeInputs, useful: int, pair: int) -> dict[str, Any]:
     _, w13, _, _, ids, s13, _ = one.arguments(JOINED)
     rounded = _rounds(one, JOINED)
     facts: dict[str, Any] = {"useful_flops": useful, "experts_touched": len(ids.unique())}
-    if one.x.shape[0] <= MAX_TOKENS and suits_few(w13, s13, rounded):
+    config = choose_way(one.x.shape[0], ids.shape[1], one.x.element_size(), w13, s13, rounded, num_shared=1).config
+    if config is None:
         return facts | {"padded_flops": useful, "config": "few tokens: no tiles"}
-    config = choose_config(one.x.shape[0], ids.shape[1] - 1, w13[:-1], 1 if rounded else 2)
     rows = torch.bincount(ids.flatten(), minlength=w13.shape[0]).tolist()
     padded = sum(math.ceil(count / config.block_m) * config.block_m for count in rows)
     return facts | {"padded_flops": padded * pair, "config": config_object(config)}

@@ -23,6 +23,7 @@ def test_defaults_and_every_value() -> None:
     for kernels, backend in (("auto", None), ("triton", "triton"), ("reference", "reference")):
         found = read_settings({"QWEN3NEXT_KERNELS": kernels})
         assert (found.enabled, found.kernels, found.backend) == (True, kernels, backend)
+    assert read_settings({}).warm_up and not read_settings({"QWEN3NEXT_WARMUP": "0"}).warm_up
     assert read_settings({"QWEN3NEXT_ROPE": "yarn:4"}).rope == RopeShortcut(4.0)
     assert read_settings({"QWEN3NEXT_ROPE": "yarn:2.5:262144"}).rope == RopeShortcut(2.5, 262144)
 
@@ -118,6 +119,6 @@ def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
     names = [
         f"QWEN3NEXT_{name}"
-        for name in ("PLUGIN", "KERNELS", "GDN_PREFILL", "ROPE", "MOE_CONFIGS", "RECORD", "RECORD_EXPERTS")
+        for name in ("PLUGIN", "KERNELS", "GDN_PREFILL", "ROPE", "MOE_CONFIGS", "WARMUP", "RECORD", "RECORD_EXPERTS")
     ]
     assert [line.split("=")[0] for line in lines] == names

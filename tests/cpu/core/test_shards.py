@@ -183,7 +183,25 @@ def published_fp8(ignored: list[str], **changes: Any) -> Qwen3NextSpec:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_the_published_fp8_checkpoint_fits_every_size(size: int) -> None:
+    """Its list names modules layer by layer, and those of linear attention in the layers that have it."""
     check_tensor_parallel(published_fp8(["linear_attn.in_proj_ba"]), size)
+    linear = [f"model.layers.{i}.linear_attn.in_proj_ba" for i in range(3)]
+    check_tensor_parallel(published_fp8(linear), size)
+    if size > 1:
+        with pytest.raises(WeightError, match=r"linear_num_value_heads"):
+            check_tensor_parallel(published_fp8(linear[1:]), size)
+
+
+def test_modules_of_one_kind_of_mlp_are_looked_for_where_it_is() -> None:
+    """A plain MLP too narrow for blocks on two ranks, and a shared expert: in FP8 in the layers that have them only."""
+    dense = {"mlp_only_layers": [1], "intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    plain = [f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    shared = [f"model.layers.{i}.mlp.shared_expert" for i in (0, 2, 3)]
+    check_tensor_parallel(published_fp8([*RECURRENT, *plain, *shared], **dense), 2)
+    with pytest.raises(WeightError, match=r"of shared_expert_intermediate_size \(32\)"):
+        check_tensor_parallel(published_fp8([*RECURRENT, *plain, *shared[1:]], **dense), 2)
+    with pytest.raises(WeightError, match=r"of intermediate_size \(32\)"):
+        check_tensor_parallel(published_fp8([*RECURRENT, *shared], **dense), 2)
 
 
 @pytest.mark.parametrize(

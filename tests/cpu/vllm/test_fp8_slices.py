@@ -28,7 +28,9 @@ def parallel_layers(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, ignor
     quant = Fp8Config(True, "dynamic", ignored, [128, 128])
     quant.packed_modules_mapping = Qwen3NextForCausalLM.packed_modules_mapping
     parallel = SimpleNamespace(enable_expert_parallel=False)
-    return moe.parallel_layers(parse_config(new_form()), SimpleNamespace(parallel_config=parallel, quant_config=quant))
+    in_config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ignored}
+    spec = parse_config(new_form(quantization_config=in_config))
+    return moe.parallel_layers(spec, SimpleNamespace(parallel_config=parallel, quant_config=quant))
 
 
 def test_vllms_own_layers_refuse_half_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +65,13 @@ def test_what_the_checkpoint_leaves_out_of_fp8_stays_vllms(monkeypatch: pytest.M
     layers.quant_config.weight_block_size = None
     with pytest.raises(PluginError, match=r"layers.2.mlp.experts is stored as fp8 .*stock vLLM"):
         layers.fp8_block("model.layers.2.mlp.experts")
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_list_in_short_is_taken_at_its_word(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would look for these entries as whole names, and build FP8 layers for weights that are not."""
+    layers = parallel_layers(monkeypatch, 0, size, ["mlp.shared_expert", "linear_attn.in_proj_ba", "mtp.layers.0"])
+    for module in (f"{SHARED}.gate_up_proj", "model.layers.0.linear_attn.in_proj_ba", "mtp.layers.0.mlp.experts"):
+        assert layers.options(module)["quant_config"] is layers.fp8_block(module) is None
+    for module in ("model.layers.0.linear_attn.in_proj_qkvz", "model.layers.0.mlp.experts"):
+        assert layers.options(module)["quant_config"] is layers.quant_config and layers.fp8_block(module) == 128

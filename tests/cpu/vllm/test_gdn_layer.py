@@ -61,6 +61,7 @@ def test_a_padded_decode_step(dim_first: bool, monkeypatch: pytest.MonkeyPatch) 
         num_v_heads=V_HEADS,
         core_parameters=lambda: parameters,
         gates=lambda ba: Qwen3NextGdnLayer.gates(layer, ba),
+        states=lambda: Qwen3NextGdnLayer.states(layer),
     )
     out = run(monkeypatch, layer, {"layer": Qwen3NextGdnMetadata(None, rows)}, qkvz, ba)
     assert bool(expected[0].any()) and not bool(expected[1:].any())

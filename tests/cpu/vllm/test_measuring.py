@@ -1,15 +1,19 @@
 """What `qwen3next bench` hangs into vLLM."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from qwen3next_plugin.config import load_spec
 from qwen3next_plugin.demo.random import tensor_shapes, write_random_checkpoint
+from qwen3next_plugin.vllm_integration import measuring
 
 ON_A_GPU = """
 import sys
@@ -76,3 +80,43 @@ def test_plugins_import_no_loader_and_the_synthetic_format_loads(switch: str, tm
         name: list(shape) for name, shape in tensor_shapes(load_spec(checkpoint)) if not name.startswith("mtp.")
     }
     assert found["loaded"] == expected
+
+
+def test_steps_and_facts_are_recorded_of_functions_that_others_have_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM traces both functions where OpenTelemetry is installed; a second call of the plugin adds nothing."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    class Worker:
+        def compile_or_warm_up_model(self) -> str:
+            return "compiled"
+
+    class Record:
+        steps: list[tuple[int, ...]] = []
+        known: dict[str, str] = {}
+
+        def step(self, *step: int) -> None:
+            self.steps.append(step)
+
+        def facts(self, **facts: str) -> None:
+            self.known |= facts
+
+    def traced(function: Any) -> Any:
+        return functools.wraps(function)(lambda *args: function(*args))
+
+    record: Any = Record()
+    monkeypatch.setattr(measuring, "_worker", lambda: Worker)
+    monkeypatch.setattr(measuring, "_facts", lambda worker: {"model_class": "Model"})
+    monkeypatch.setattr(measuring, "records_experts", lambda: False)
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", traced(Worker.compile_or_warm_up_model))
+    monkeypatch.setattr(Scheduler, "update_from_output", traced(lambda self, scheduled, output: "updated"))
+    for _ in range(2):
+        measuring._watch_scheduler(record)
+        measuring._watch_workers(record)
+    monkeypatch.setattr(Scheduler, "update_from_output", traced(Scheduler.update_from_output))
+    measuring._watch_scheduler(record)
+
+    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 3, "b": 1}, total_num_scheduled_tokens=4)
+    assert Scheduler.update_from_output(None, scheduled, None) == "updated"
+    assert Worker().compile_or_warm_up_model() == "compiled"
+    assert record.steps == [(2, 4, 3)]
+    assert record.known == {"model_class": "Model"}

@@ -1,0 +1,115 @@
+"""Which way so many tokens go through the experts: decided here once, for a step and for what is compiled before it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..dispatch import Choice
+from ..gemm.policy import INTEGERS, MIN_EXPERT_ROWS, fp8_choices, quantizes_activations
+from ..gemm.reference import FP8, has_row_factors
+from ..gpus import Target
+from .config import MoeConfig, choose_config, config_text, is_forced
+
+MAX_TOKENS = 4  # up to which nothing is sorted
+MANY_PAIRS = 4096  # from which on sorting them in chunks is quicker than scans by every expert
+SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at a time
+
+
+@dataclass(frozen=True)
+class Way:
+    """Whether activations are rounded, the tiles (None: a few tokens, nothing is sorted), and how pairs are sorted:
+    `scan_of` them, and whether they are `chunked`.
+    """
+
+    quantize: bool
+    config: MoeConfig | None
+    scan: int
+    chunks: bool
+
+
+def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activations: bool) -> bool:
+    """Whether weights of this format can go the short way: as they are, or FP8 in blocks."""
+    if quantize_activations:
+        return False
+    return w13_scale is None or (w13.dtype is FP8 and not has_row_factors(w13, w13_scale))
+
+
+def scan_of(num_pairs: int) -> int:
+    """Ids that a program of the sort looks at at a time. Two sizes: each is compiled for every height of a tile."""
+    return SHORT_SCAN if num_pairs <= SHORT_SCAN else LONG_SCAN
+
+
+def chunked(num_pairs: int) -> bool:
+    """Whether so many pairs are counted in chunks rather than by each expert's own scan."""
+    return num_pairs >= MANY_PAIRS
+
+
+def rounds(rows: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
+    """Whether activations are rounded that nobody decided on, `rows` of them an expert on average."""
+    blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
+    return blocks and quantizes_activations(rows, w13.device, MIN_EXPERT_ROWS)
+
+
+def way_choices(target: Target) -> list[Choice]:
+    """For the table of what runs: the ways below, on that GPU."""
+    tiles = config_text(target.slug)
+    few, more = f"up to {MAX_TOKENS} tokens, bf16 or FP8 blocks", f"from {MAX_TOKENS + 1} tokens"
+    return [
+        Choice(few, why="two launches, nothing is sorted, as hardly two tokens share an expert; activations kept"),
+        Choice(f"{more}, bf16", why="sorted by expert", tiles=tiles),
+        *(
+            replace(
+                choice,
+                shapes=f"{more}, {choice.shapes}{' an expert' * ('rows' in choice.shapes)}",
+                why=f"sorted; {choice.why}",
+                tiles=tiles,
+            )
+            for choice in fp8_choices(target, MIN_EXPERT_ROWS)
+        ),
+        replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
+    ]
+
+
+def choose_way(
+    tokens: int,
+    choices: int,
+    element_size: int,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    quantize_activations: bool | None,
+    num_shared: int,
+) -> Way:
+    """The way of `tokens` tokens of `element_size` bytes a value with `choices` experts each; the rest as `fused_moe`.
+
+    None for quantize_activations decides it by `rounds`.
+    """
+    experts = w13.shape[0]
+    quantize = quantize_activations
+    if quantize is None:
+        quantize = rounds(tokens * choices // max(experts, 1), w13, w13_scale)
+    if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
+        return Way(quantize, None, 0, False)
+    routed = w13[: experts - num_shared] if num_shared else w13
+    config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
+    pairs = tokens * choices
+    return Way(quantize, config, scan_of(pairs), chunked(pairs))
+
+
+def ways_up_to(
+    max_tokens: int,
+    choices: int,
+    element_size: int,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    quantize_activations: bool | None = None,
+    num_shared: int = 0,
+) -> dict[Way, tuple[int, int]]:
+    """Every way that 1 to max_tokens tokens can go, with the first and the last number of tokens that goes it.
+
+    Every number is asked about: what tiles a file names may come and go and come again as tokens grow.
+    """
+    found: dict[Way, tuple[int, int]] = {}
+    for tokens in range(1, max_tokens + 1):
+        way = choose_way(tokens, choices, element_size, w13, w13_scale, quantize_activations, num_shared)
+        found[way] = (found.get(way, (tokens,))[0], tokens)
+    return found

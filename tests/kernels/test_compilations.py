@@ -1,0 +1,19 @@
+"""Compilations of this package's kernels are counted, and told of where users wait for them."""
+
+import json
+
+from tests.helpers import output_of
+
+KERNEL = "_rms_norm_kernel"
+
+
+def test_only_our_compilations_while_serving_are_told_of() -> None:
+    found = json.loads(output_of("tests.kernels.compilations_seen", "90")[-1])
+    assert found["before"] == 1 and found["all"] == 4
+    assert found["warned_before"] == found["warned_of_known"] == found["warned_of_expected"] == []
+    (said,) = found["said"]
+    assert said.startswith(f"Triton compiled {KERNEL} while serving") and "\n" not in said
+    assert "x_ptr:*fp16%16" in said and "num_rows:i32 " in said and "BLOCK_H=64" in said and "num_warps=4" in said
+    assert found["faults"] == [KERNEL]
+    # Whose hook was there before hears of all of them.
+    assert found["heard"] == [KERNEL, KERNEL, "_somebody_elses_kernel", KERNEL, KERNEL]
