@@ -17,7 +17,6 @@ from ..gpus import Target
 MIN_CAPABILITY = (8, 0)  # bf16 on tensor cores
 FP8_CAPABILITY = (8, 9)
 MIN_ROWS = 64  # of a product, from which FP8 arithmetic is used
-MIN_EXPERT_ROWS = 2  # of one expert on average: its tile of rows is mostly padding, and widening weights costs more
 
 
 @functools.lru_cache
@@ -26,9 +25,9 @@ def has_fp8_units(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def quantizes_activations(rows: int, device: torch.device, least: int = MIN_ROWS) -> bool:
-    """Whether `rows` activations meeting one FP8 weight on `device` are rounded to FP8 first: from `least` rows on."""
-    return rows >= least and has_fp8_units(device)
+def quantizes_activations(rows: int, device: torch.device) -> bool:
+    """Whether `rows` activations meeting one FP8 weight on `device` are rounded to FP8 first."""
+    return rows >= MIN_ROWS and has_fp8_units(device)
 
 
 def decodes_weights(device: torch.device) -> bool:
@@ -70,13 +69,13 @@ def _require(device: torch.device, least: tuple[int, int], what: str, remedy: st
         )
 
 
-def fp8_choices(target: Target, least: int = MIN_ROWS) -> list[Choice]:
+def fp8_choices(target: Target) -> list[Choice]:
     """What that GPU does with activations that meet FP8 weights in blocks, by the rows that meet one."""
     if target.capability < FP8_CAPABILITY:
         return [Choice("FP8 blocks", why="no FP8 units here, widened in the kernels, activations kept")]
     return [
-        Choice(f"FP8 blocks, below {least} rows", why="widened in the kernels, activations kept: bound by memory"),
-        Choice(f"FP8 blocks, from {least} rows", why="activations rounded to FP8 by 1x128 groups"),
+        Choice(f"FP8 blocks, below {MIN_ROWS} rows", why="widened in the kernels, activations kept: bound by memory"),
+        Choice(f"FP8 blocks, from {MIN_ROWS} rows", why="activations rounded to FP8 by 1x128 groups"),
     ]
 
 

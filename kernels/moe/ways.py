@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch import Choice
-from ..gemm.policy import INTEGERS, MIN_EXPERT_ROWS, fp8_choices, quantizes_activations
+from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
@@ -44,28 +44,25 @@ def chunked(num_pairs: int) -> bool:
     return num_pairs >= MANY_PAIRS
 
 
-def rounds(rows: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
-    """Whether activations are rounded that nobody decided on, `rows` of them an expert on average."""
+def rounds(tokens: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
+    """Whether activations are rounded to FP8 that nobody decided on: where their pairs are sorted.
+
+    A tile of 16 rows meets an expert's weights then, however few of them are in use; widening those weights for it
+    takes an H200 longer than reading them does (benchmarks/NOTES.md).
+    """
     blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
-    return blocks and quantizes_activations(rows, w13.device, MIN_EXPERT_ROWS)
+    return blocks and tokens > MAX_TOKENS and has_fp8_units(w13.device)
 
 
 def way_choices(target: Target) -> list[Choice]:
     """For the table of what runs: the ways below, on that GPU."""
     tiles = config_text(target.slug)
+    rounded = fp8_choices(target)[-1]  # or, without FP8 units, widened
     few, more = f"up to {MAX_TOKENS} tokens, bf16 or FP8 blocks", f"from {MAX_TOKENS + 1} tokens"
     return [
         Choice(few, why="two launches, nothing is sorted, as hardly two tokens share an expert; activations kept"),
         Choice(f"{more}, bf16", why="sorted by expert", tiles=tiles),
-        *(
-            replace(
-                choice,
-                shapes=f"{more}, {choice.shapes}{' an expert' * ('rows' in choice.shapes)}",
-                why=f"sorted; {choice.why}",
-                tiles=tiles,
-            )
-            for choice in fp8_choices(target, MIN_EXPERT_ROWS)
-        ),
+        replace(rounded, shapes=f"{more}, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
         replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
     ]
 
@@ -86,7 +83,7 @@ def choose_way(
     experts = w13.shape[0]
     quantize = quantize_activations
     if quantize is None:
-        quantize = rounds(tokens * choices // max(experts, 1), w13, w13_scale)
+        quantize = rounds(tokens, w13, w13_scale)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
         return Way(quantize, None, 0, False)
     routed = w13[: experts - num_shared] if num_shared else w13

@@ -18,10 +18,10 @@ import torch
 from qwen3next_plugin.bench.ceilings import machine_id, measure_ceilings
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import gemm, moe
-from qwen3next_plugin.kernels.gemm.policy import MIN_EXPERT_ROWS, quantizes_activations
 from qwen3next_plugin.kernels.gpus import KNOWN, Gpu, gpu_slug
 from qwen3next_plugin.kernels.moe import reference
 from qwen3next_plugin.kernels.moe.config import MoeConfig, forced
+from qwen3next_plugin.kernels.moe.ways import rounds
 
 from .problem import Problem
 from .search import GpuLostError, TrialError
@@ -171,9 +171,7 @@ class CudaMachine:
         self._prepare(tokens)
         x, w13, w2, weights, ids, s13, s2 = self.calls[0]
         rows = torch.linspace(0, tokens - 1, min(tokens, _CHECKED_ROWS), device=self.device).long()
-        rounded = s13 is not None and quantizes_activations(
-            ids.numel() // self.problem.experts, self.device, MIN_EXPERT_ROWS
-        )
+        rounded = rounds(tokens, w13, s13)
         expected = reference.fused_moe(x[rows], w13, w2, weights[rows], ids[rows], s13, s2, rounded).cpu().double()
         try:
             with forced(config):

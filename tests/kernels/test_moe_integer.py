@@ -148,13 +148,14 @@ def test_fp8_rows_and_blocks_do_not_mix() -> None:
 
 
 def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    asked: list[int] = []
+    asked: list[torch.device] = []
 
-    def never(rows: int, device: torch.device, least: int) -> bool:
-        asked.append(rows)
+    def never(device: torch.device) -> bool:
+        asked.append(device)
         return False
 
-    monkeypatch.setattr(ways, "quantizes_activations", never)
+    monkeypatch.setattr(ways, "has_fp8_units", never)
+    monkeypatch.setattr(ways, "MAX_TOKENS", 1)
     x, router, ids = torch.randn(2, 32, device=device), torch.rand(2, 1, device=device), random_ids(2, 2, 1, device)
     q13, s13 = gemm.quantize_block(torch.randn(2, 64, 32, device=device), (1, 32))
     q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32, device=device), (1, 32))
@@ -165,7 +166,7 @@ def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.Mon
     halves, s13 = gemm.quantize_block(torch.randn(2, 2, 32, 32, device=device))
     q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32, device=device))
     moe.fused_moe(x, halves.flatten(1, 2), q2, router, ids, s13.flatten(1, 2), s2, backend="triton")
-    assert asked == [1]
+    assert asked == [x.device]
 
 
 @pytest.mark.parametrize("form", FORMATS)

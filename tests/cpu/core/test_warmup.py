@@ -11,7 +11,7 @@ import torch
 
 from qwen3next_plugin import warmup
 from qwen3next_plugin.kernels import compilations
-from qwen3next_plugin.kernels.gemm import policy, quantize_block
+from qwen3next_plugin.kernels.gemm import quantize_block
 from qwen3next_plugin.kernels.moe import config, ways
 from tests.helpers import output_of
 
@@ -32,13 +32,11 @@ def fp8_weights(experts: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
     w13, scale = fp8_weights()
     found = ways.ways_up_to(3000, 2, 2, w13, scale)
-    # MIN_EXPERT_ROWS of one expert on average are twice as many tokens of 2 choices among 4.
-    fewest = max(2 * policy.MIN_EXPERT_ROWS, 1)
-    assert min(limits[0] for way, limits in found.items() if way.quantize) == fewest
-    assert [limits for way, limits in found.items() if not way.quantize] == [(1, fewest - 1)]
+    assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_TOKENS + 1
+    assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_TOKENS)]
     assert min(limits[0] for way, limits in found.items() if way.chunks) == ways.MANY_PAIRS // 2
     heights = {way.config.block_m for way in found if way.config is not None}
     assert heights == {16, 32, 64, 128}

@@ -40,8 +40,8 @@ def test_the_file_is_what_the_kernels_read(tmp_path: Path) -> None:
     assert path == tmp_path / "h200" / "E=512,H=2048,I=512,dtype=float8_e4m3fn.json"
     content = read_file(path)
     assert content.source == "measured"
-    assert [(entry.tokens, entry.activation_bytes) for entry in content.entries] == [(1, 2), (64, 2), (4096, 1)]
-    assert nearest(content.entries, 80, 2) == winners[1].config
+    assert [(entry.tokens, entry.activation_bytes) for entry in content.entries] == [(1, 2), (64, 1), (4096, 1)]
+    assert nearest(content.entries, 80, 1) == winners[1].config
     raw = json.loads(path.read_text())
     assert raw["versions"] == ABOUT.versions and raw["gpu"]["name"] == "NVIDIA H200"
     assert all(entry["us"] <= entry["before_us"] and entry["relative_error"] == 1e-3 for entry in raw["entries"])
