@@ -337,3 +337,34 @@ def test_bad_packed_rows_are_named(packed: PackedRows, message: str) -> None:
     tokens = make_tokens(4, "cpu")
     with pytest.raises(ValueError, match=message):
         prefill(tokens, tokens.state(2), [(0, 4, 1)], [False], packed, tokens.out())
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_lies_around_an_offer_is_launched_without_it(
+    keeps: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a warm-up: rows are skipped, so no state is read or written; what was not tried so is left out."""
+    tokens, nothing = case(2, device), ints([0, 0], device)
+    skipped = ints([-1, -1], device)
+    state, launched = tokens.state(3), []
+    run_peer = peers.run_peer
+
+    def noted(peer: peers.Peer, *arguments: Any) -> None:
+        launched.append(peer.name)
+        run_peer(peer, *arguments)
+
+    monkeypatch.setattr(peers, "run_peer", noted)
+
+    def launch() -> list[str]:
+        launched.clear()
+        gates = (tokens.a, tokens.b, tokens.A_log, tokens.dt_bias)
+        ranges_and_slots = (nothing, nothing, 1, skipped, nothing.bool(), tokens.out())
+        packed, snapshot = PackedRows.of([1, 1], device), (skipped, skipped) if keeps else None
+        peers.launch_around_peers(packed, tokens.mixed_qkv, gates, state, tokens.k_heads, *ranges_and_slots, snapshot)
+        return launched
+
+    fake = offer(tokens)
+    assert launch() == ([] if keeps else ["flashinfer"])
+    offer(tokens, fake, grid=64)
+    assert launch() == ["flashinfer"]
+    assert not fake.calls and bool(state.isnan().all())

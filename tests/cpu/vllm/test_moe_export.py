@@ -9,9 +9,9 @@ from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.kernels.gpus import KNOWN
-from qwen3next_plugin.kernels.moe.config import CONFIGS
+from qwen3next_plugin.kernels.moe.config import CONFIGS, file_name, read_file
 from qwen3next_plugin.tune.export import export, shipped_folder, vllm_name
-from qwen3next_plugin.tune.problem import TOKENS, Problem
+from qwen3next_plugin.tune.problem import Problem
 
 FP8, BF16 = Problem(512, 512, 10, 2048, 512, "fp8"), Problem(512, 512, 10, 2048, 512, "bf16")
 
@@ -48,12 +48,13 @@ def test_vllm_reads_what_was_exported(tmp_path: Path, monkeypatch: pytest.Monkey
     variable, _, folder = done.variable.partition("=")
     monkeypatch.setenv(variable, folder)
     found = fused_moe.get_moe_configs(512, 512, "fp8_w8a8", 128, 128)
-    assert found is not None and sorted(found) == list(TOKENS)
+    held = read_file(CONFIGS / "h200" / file_name(512, 2048, 512, "float8_e4m3fn"))
+    assert found is not None and sorted(found) == sorted({entry.tokens for entry in held.entries})
     default = fused_moe.get_default_config(64, 512, 512, 2048, 10, "fp8_w8a8", [128, 128])
     for config in found.values():
         assert set(config) <= set(default) | {"num_warps", "num_stages"} and config["BLOCK_SIZE_K"] == 128
     note = json.loads((tmp_path / "qwen3next.json").read_text())[done.written[0].name]
-    assert note["source"] == "model" and "not measured on this engine's" in note["note"]
+    assert note["source"] == held.source and "not measured on this engine's" in note["note"]
 
 
 def test_what_vllm_ships_stays_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
