@@ -77,7 +77,7 @@ def _own_kernels() -> dict[str, str]:
     for folder in (Path(path) for path in kernels.__path__):
         for source in folder.glob("*/**/*.py"):
             part = _FOLDERS.get(source.relative_to(folder).parts[0])
-            for name in re.findall(r"@triton\.jit(?:\(.*?\))?\s+def (\w+)", source.read_text(encoding="utf-8")):
+            for name in re.findall(r"@triton\.jit(?:\([^)]*\))?\s+def (\w+)", source.read_text(encoding="utf-8")):
                 if part is not None:
                     found[name] = "norm and quantisation" if "quantize" in name else part
     return found
