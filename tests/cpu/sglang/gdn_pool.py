@@ -45,12 +45,18 @@ NUM_SLOTS, NUM_REQUESTS = 14, 4
 
 
 @lru_cache(maxsize=1)
-def publish() -> None:
-    """Publish a server's settings in this process: they say whether and where states are kept for the radix tree."""
+def _server_args() -> ServerArgs:
     checkpoint = Path(demo.__file__).parent / "checkpoint"
     arguments: dict[str, Any] = {"mamba_radix_cache_strategy": "extra_buffer", "speculative_algorithm": "NEXTN"}
-    server_args = ServerArgs(model_path=str(checkpoint), device="cpu", attention_backend="torch_native", **arguments)
-    runtime_context.publish(server_args, role="scheduler")
+    return ServerArgs(model_path=str(checkpoint), device="cpu", attention_backend="torch_native", **arguments)
+
+
+def publish() -> None:
+    """Publish a server's settings in this process: they say whether and where states are kept for the radix tree.
+
+    Anew each time, since other tests publish others.
+    """
+    runtime_context.publish(_server_args(), role="scheduler")
 
 
 class Harness:
