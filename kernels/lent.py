@@ -23,6 +23,6 @@ def _projections(target: Target) -> list[Choice]:
 
 
 declare("attention over the cache", cuda=(Choice(runs=ENGINE, why="as its attention backend is set"),), own=False)
-declare("linear projections", cuda=_projections, own=False)
-declare("router, embedding, logits, sampling", cuda=(Choice(runs=ENGINE),), own=False)
+declare("linear projections and router", cuda=_projections, own=False)
+declare("embedding, logits, sampling", cuda=(Choice(runs=ENGINE),), own=False)
 declare("sums over ranks", cuda=(Choice("tensor and expert parallelism", ENGINE),), own=False)

@@ -90,8 +90,8 @@ def test_the_table_is_that_of_the_gpu_asked_for() -> None:
     said = rounded[0].tiles.removeprefix("configs for h200: ").split(";")[0]
     assert sum(map(int, re.findall(r"\d+", said))) == len(list((KERNELS / "moe" / "configs" / "h200").glob("E=*.json")))
     assert not any("rounded" in choice.why for choice in rows(a100, "fused_moe"))
-    assert "Marlin" in " ".join(choice.why for choice in rows(a100, "linear projections"))
-    assert "Marlin" not in " ".join(choice.why for choice in rows(h200, "linear projections"))
+    assert "Marlin" in " ".join(choice.why for choice in rows(a100, "linear projections and router"))
+    assert "Marlin" not in " ".join(choice.why for choice in rows(h200, "linear projections and router"))
     assert [choice.runs for choice in rows(None, "fused_moe")] == ["reference"]
     for op, text in dispatch.describe("cuda").items():
         assert all(choice.runs in text for choice in rows(dispatch.present() or NO_GPU, op))
