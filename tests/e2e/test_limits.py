@@ -16,6 +16,7 @@ from .server import Server, engine, parameters
 
 CONTEXT = 200
 LONGEST = CONTEXT - engine().prompt_reserve
+MOST_TURNS = 6
 
 
 @dataclass
@@ -67,10 +68,15 @@ def test_an_answer_ends_with_the_context(served: Served) -> None:
 
 
 def test_conversations_that_are_thrown_out_come_back_rightly(served: Served) -> None:
-    """Short prompts and long answers: an engine lets in what it has room for now, and then they grow."""
+    """Short prompts and long answers: an engine lets in what it has room for now, and then they grow.
+
+    On a busy machine they may arrive so far apart that there is room for all: then once more.
+    """
     server, checkpoint = served.server, served.checkpoint
     golden = golden_prompts(checkpoint, (60, 55, 50, 45, 40, 35, 30, 25), 120)
-    for _ in range(2):
+    for turn in range(MOST_TURNS):
+        if turn >= 2 and server.preemptions > 0:
+            break
         found = complete_together(server, [g.prompt for g in golden], 120, ignore_eos=False)
         for expected, answer in zip(golden, found, strict=True):
             assert answer.tokens == list(expected.answer), f"after a prompt of {len(expected.prompt)} tokens"
