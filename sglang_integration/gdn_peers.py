@@ -10,8 +10,8 @@ from sglang.srt.runtime_context import get_exec, mamba_cache_chunk_size
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwen3next_plugin.gdn_peers import offer_flashinfer, try_prefills
-from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall, offer_prefill, say_missing
+from qwen3next_plugin.gdn_peers import offer, offer_flashinfer, try_prefills
+from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall, say_missing
 
 from .names import get_parallel
 from .spec import spec_of
@@ -46,17 +46,18 @@ def snapshot_grid() -> int | None:
     return mamba_cache_chunk_size() if get_exec().mamba.enable_mamba_extra_buffer else None
 
 
+def _fla() -> Peer:
+    from sglang.kernels.ops.attention.fla.chunk import chunk_gated_delta_rule
+
+    return fla_peer(chunk_gated_delta_rule)
+
+
 def offer_engine_prefills(config: PretrainedConfig) -> None:
     """Offers what is installed and tries it for this rank's heads, on a GPU.
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    try:
-        from sglang.kernels.ops.attention.fla.chunk import chunk_gated_delta_rule
-    except ImportError as error:
-        say_missing("fla", f"not in this SGLang ({error})")
-    else:
-        offer_prefill(fla_peer(chunk_gated_delta_rule))
+    offer("fla", _fla, "not in this SGLang")
     if get_exec().deterministic.enable_deterministic_inference:
         say_missing("flashinfer", "its sums depend on the batch, and --enable-deterministic-inference is set")
     else:

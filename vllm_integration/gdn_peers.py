@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from qwen3next_plugin.gdn_peers import offer_flashinfer, try_prefills
-from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall, offer_prefill, say_missing
+from qwen3next_plugin.gdn_peers import offer, offer_flashinfer, try_prefills
+from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall
 
 from .spec import spec_of
 
@@ -39,17 +39,18 @@ def fla_peer(chunk_gated_delta_rule: Callable[..., Any]) -> Peer:
     return Peer("fla", run, log_decay=True)
 
 
+def _fla() -> Peer:
+    from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
+
+    return fla_peer(chunk_gated_delta_rule)
+
+
 def offer_engine_prefills(vllm_config: VllmConfig) -> None:
     """Offers what is installed and tries it for this rank's heads, on a GPU.
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    try:
-        from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
-    except ImportError as error:
-        say_missing("fla", f"not in this vLLM ({error})")
-    else:
-        offer_prefill(fla_peer(chunk_gated_delta_rule))
+    offer("fla", _fla, "not in this vLLM")
     offer_flashinfer()
     ranks = vllm_config.parallel_config.tensor_parallel_size
     try_prefills(spec_of(vllm_config).gdn, ranks, vllm_config.model_config.dtype)

@@ -99,10 +99,10 @@ def fused_moe(
 
     topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism).
     quantize_activations rounds the inputs of both products: to FP8 by 1x128 groups (FP8 weights), or to INT8 by tokens
-    (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks decided by the rows an expert gets on
-    average and the GPU, never on a CPU; else they are kept. num_shared says how many of the experts, the last ones,
-    take every token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed
-    order: equal inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not
+    (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks wherever pairs are sorted on a GPU with
+    FP8 units (`ways.rounds`), else they are kept. num_shared says how many of the experts, the last ones, take every
+    token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed order: equal
+    inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not
     fit.
     Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
     """
