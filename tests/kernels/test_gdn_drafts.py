@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qwen3next_plugin.kernels import gdn
 from tests.helpers import nan_like
 
-from .common import BACKENDS, DTYPES
+from .common import BACKENDS, DTYPES, assert_repeatable
 from .draft_case import LENGTH, SLOTS, Case
 from .gdn_case import assert_error, limit
 from .layer_case import EPS, make_layer
@@ -261,3 +261,20 @@ def test_a_captured_verification_follows_new_rows(device: str) -> None:
     for _, start, end, slot in case.running:
         o, _, _ = layer.expected(start, end, case.before[0][0][slot], case.before[1][0][slot])
         assert_error(out[start:end], o, limit(out.dtype, layer.tokens, None), f"row at {start}")
+
+
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_the_same_every_time(length: int, device: str) -> None:
+    """Verified and committed from the same states, on a GPU a thousand times in the published shape."""
+    heads, dims = ((16, 32), (128, 128)) if device == "cuda" else ((1, 2), (16, 8))
+    layer = make_layer(6 * length, device, heads, dims, torch.bfloat16 if device == "cuda" else torch.float32)
+    case = Case([layer], [(n * length, n * length + length, n) for n in range(6)], "triton", length=length)
+
+    def step() -> list[torch.Tensor]:
+        for states, before in zip((case.windows, case.states), case.before, strict=True):
+            states.copy_(before)
+        outs = case.verify()
+        case.commit([length - 1, 0, 1, length - 1, -1, 0])
+        return [*outs, *(bits(states.contiguous()) for states in (case.windows, case.states))]
+
+    assert_repeatable(step)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from qwen3next_plugin.kernels import gdn
 from qwen3next_plugin.kernels.gdn import triton_prefill
 
-from .common import BACKENDS, DTYPES
+from .common import BACKENDS, DTYPES, assert_repeatable
 from .gdn_case import assert_error, check_prefill, formula, limit, make_tokens, run_prefill
-from .slots import STATE_LAYOUTS, fill_slots, ints
+from .slots import STATE_LAYOUTS, clone_layout, fill_slots, ints
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # Rows out of order, with an empty one, a skipped one (negative slot), and tokens 70..74 in no row.
@@ -222,3 +222,17 @@ def test_real_shapes_with_repeated_keys(device: str) -> None:
     tokens.a.fill_(-30.0)
     tokens.b.fill_(30.0)
     check_prefill(tokens, [(0, 300, 1)], [True], None)
+
+
+def test_the_same_every_time(device: str) -> None:
+    """Ragged rows from the same states, on a GPU a thousand times in the published shape."""
+    heads, dims = ((16, 32), (128, 128)) if device == "cuda" else ((1, 2), (16, 8))
+    tokens = make_tokens(150, device, heads, dims, torch.bfloat16 if device == "cuda" else torch.float32)
+    state = tokens.state(4)
+    fill_slots(state, range(4), 0.3)
+
+    def prefill() -> tuple[torch.Tensor, torch.Tensor]:
+        own = clone_layout(state)
+        return run_prefill(tokens, own, [(0, 70, 3), (70, 71, 1), (71, 150, 0)], [True, True, False], "triton"), own
+
+    assert_repeatable(prefill)
