@@ -56,14 +56,14 @@ def bench(
         raise SettingsError("--model: give a folder with a config.json; `qwen3next bench model DIR` writes one.")
     if against != "stock":
         raise SettingsError(f"--against: {against!r} is not known: use stock.")
-    from .engines import EngineSetup, engines_of
+    from .engines import EngineSetup, engines_of, words_of
     from .rows import parse_profiles, parse_rows, plan_visits
     from .session import RunFiles, measure_and_write
 
     extra = dict(pair.split("=", 1) for pair in shlex.split(variables))
     setups = {
-        "vllm": EngineSetup(vllm_python, vllm_env, tuple(shlex.split(vllm_args)), extra),
-        "sglang": EngineSetup(sglang_python, sglang_env, tuple(shlex.split(sglang_args)), extra),
+        "vllm": EngineSetup(vllm_python, vllm_env, tuple(words_of(vllm_args)), extra),
+        "sglang": EngineSetup(sglang_python, sglang_env, tuple(words_of(sglang_args)), extra),
     }
     engines = engines_of(engine)
     visits = plan_visits(engines, order, parse_rows(rows), evidence, parse_profiles(profile))

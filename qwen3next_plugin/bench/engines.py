@@ -1,11 +1,13 @@
 """How each engine is started: the same flags for stock and plugin, and an environment that differs in one variable."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 from qwen3next_plugin.errors import SettingsError
@@ -133,6 +135,34 @@ def told(command: Sequence[str], environment: Mapping[str, str], places: Mapping
         arguments[arguments.index("--port") + 1] = "<port>"
     kept = {name: plain(value) for name, value in sorted(environment.items()) if name.startswith(KEPT_PREFIXES)}
     return {"arguments": arguments, "environment": kept}
+
+
+def words_of(text: str) -> list[str]:
+    """Words as a shell splits them, but an unquoted JSON object is one word as it stands, its quotes kept.
+
+    A flag such as ``--compilation-config {"cudagraph_capture_sizes":[1]}`` stands in quotes already, and a shell's
+    rules would take those of JSON away. Raises SettingsError for a quote that is not closed.
+    """
+    words: list[str] = []
+    while text := text.lstrip():
+        if text.startswith("{"):
+            try:
+                end = json.JSONDecoder().raw_decode(text)[1]
+            except ValueError:  # quoted for a shell, as with backslashes
+                end = 0
+            if end and (end == len(text) or text[end].isspace()):
+                words.append(text[:end])
+                text = text[end:]
+                continue
+        rest = StringIO(text)
+        split = shlex.shlex(rest, posix=True)
+        split.whitespace_split, split.commenters = True, ""
+        try:
+            words.append(split.get_token() or "")
+        except ValueError as error:
+            raise SettingsError(f"flags: {text[:80]!r}: {error}.") from error
+        text = rest.read()
+    return words
 
 
 def engines_of(text: str) -> list[Engine]:
