@@ -83,7 +83,7 @@ def _note(event: dict[str, Any]) -> None:
         return
     try:
         specialization = _specialization(event["compile"])
-    except (KeyError, IndexError, TypeError, ValueError):  # another Triton's form of it must not end a server
+    except (AttributeError, LookupError, TypeError, ValueError):  # another Triton's form of it must not end a server
         specialization = f"{event.get('repr')} {event.get('key')}"
     found = Compilation(str(getattr(kernel, "name", "?")), specialization)
     if found in _seen:
@@ -126,7 +126,7 @@ def _spare_others_constants() -> None:
     def written(*args: Any, **kwargs: Any) -> str | None:
         try:
             text: str = write(*args, **kwargs)
-        except (TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):
             return None
         return text
 

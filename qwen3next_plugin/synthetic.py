@@ -77,7 +77,7 @@ def _experts(prefix: str, spec: Qwen3NextSpec, seed: int, device: torch.device) 
         for part, shape in (("gate_proj", up), ("up_proj", up), ("down_proj", up[::-1])):
             generator = _generator(f"{seed} {prefix}.{first}.{part}.weight", device)
             sigma = SIGMA * _share(f"{prefix}.{part}.weight", spec)
-            values = torch.empty(count, *shape, device=device).normal_(0.0, sigma, generator=generator)
+            values = _empty(count, *shape, device=device).normal_(0.0, sigma, generator=generator)
             stacked = dict(_pair(f"{prefix}.{first}.{part}.weight", values, spec))
             del values
             for i in range(count):
@@ -112,8 +112,13 @@ def _generator(text: str, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(zlib.crc32(text.encode()))
 
 
+def _empty(*shape: int, device: torch.device) -> Tensor:
+    """float32, whatever torch's default is: engines load with the model's dtype as theirs, the oracle does not."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    tensor = torch.empty(shape, device=generator.device)
+    tensor = _empty(*shape, device=generator.device)
     if name.endswith("A_log"):
         return tensor.uniform_(0.5, 16.0, generator=generator).log_()
     if name.endswith("dt_bias"):
@@ -126,6 +131,6 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     if name.endswith("linear_attn.norm.weight"):
         return tensor.add_(1.0)
     if name.endswith("mlp.gate.weight"):
-        popularity = torch.empty(shape[0], 1, device=generator.device).normal_(0.0, ROUTER_SPREAD, generator=generator)
+        popularity = _empty(shape[0], 1, device=generator.device).normal_(0.0, ROUTER_SPREAD, generator=generator)
         return tensor.mul_(popularity.exp_())
     return tensor

@@ -21,6 +21,10 @@ from .engine import TOP_LOGPROBS, Chat, Completion, Engine, RefusedError, Setup
 from .server import Server
 
 
+_SHARE_OF_GPU = 0.1
+"""vLLM starts where so much of the GPU is free, whatever else runs there; the cache's size is said in bytes."""
+
+
 class VllmEngine(Engine):
     """Blocks of 32 tokens where a state fits in, a cache of 128 MiB, 8 requests at once."""
 
@@ -63,8 +67,10 @@ class VllmEngine(Engine):
         if setup.num_drafts:
             drafting = {"method": "mtp", "num_speculative_tokens": setup.num_drafts}
             chosen += ["--speculative-config", json.dumps(drafting)]
-        # On a GPU graphs and torch.compile are part of what has to be right.
-        return chosen + ["--enforce-eager"] * (setup.eager and not torch.cuda.is_available())
+        if torch.cuda.is_available():
+            # Graphs and torch.compile are part of what has to be right there.
+            return [*chosen, "--gpu-memory-utilization", str(_SHARE_OF_GPU)]
+        return chosen + ["--enforce-eager"] * setup.eager
 
     def variables(self) -> dict[str, str]:
         return {
@@ -74,6 +80,9 @@ class VllmEngine(Engine):
             "VLLM_CONFIGURE_LOGGING": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "PYTHONPATH": _vllm_alias(),
+            # float32 runs in vLLM's Triton attention on a GPU, whose products are TF32 unless Triton is told otherwise:
+            # they round to a part in 2000, and the oracle is to be met more closely.
+            "TRITON_F32_DEFAULT": "ieee",
         }
 
     def complete(
@@ -157,6 +166,9 @@ class VllmEngine(Engine):
             "kv_cache_memory_bytes": 64 << 20,
             "enable_prefix_caching": bool(setup.cache),
         }
+        if torch.cuda.is_available():
+            # With asynchronous scheduling drafts stay on the GPU, where nobody could replace them.
+            arguments |= {"gpu_memory_utilization": _SHARE_OF_GPU, "async_scheduling": False}
         if setup.num_drafts:
             arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": setup.num_drafts}
         return arguments | {"num_gpu_blocks_override": 40} if tight else arguments

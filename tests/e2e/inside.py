@@ -108,7 +108,8 @@ def run_inside(job: Job, seconds: float = 600.0) -> Result:
             ended = subprocess.run(
                 [sys.executable, "-m", f"tests.e2e.inside_{engine().name}", str(job_path), str(result_path)],
                 cwd=Path(__file__).parents[2],
-                env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+                # The runner that `inside_vllm` looks into; on a GPU vLLM would take its second one.
+                env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0"),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -49,6 +49,20 @@ def test_a_tensor_depends_on_its_name_and_seed_alone() -> None:
     assert len(seen) == len(matrices), "two tensors share their numbers"
 
 
+@pytest.mark.parametrize("spec", [BLOCKS, MANY], ids=["fp8", "bf16"])
+def test_the_default_dtype_changes_nothing(spec) -> None:  # type: ignore[no-untyped-def]
+    """Engines load weights with the model's dtype as torch's default; the oracle asks for the same without."""
+    expected, before = _all(spec), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = _all(spec)
+    finally:
+        torch.set_default_dtype(before)
+    for name, tensor in expected.items():
+        assert found[name].dtype is tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
 def test_fp8_weights_are_normal_and_not_zero() -> None:
     tensors = _all(BLOCKS)
     codes = {name: tensor for name, tensor in tensors.items() if tensor.dtype is torch.float8_e4m3fn}
