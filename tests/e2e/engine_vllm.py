@@ -20,7 +20,6 @@ import torch
 from .engine import TOP_LOGPROBS, Chat, Completion, Engine, RefusedError, Setup
 from .server import Server
 
-
 _SHARE_OF_GPU = 0.1
 """vLLM starts where so much of the GPU is free, whatever else runs there; the cache's size is said in bytes."""
 
