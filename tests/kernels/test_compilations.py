@@ -1,7 +1,11 @@
 """Compilations of this package's kernels are counted, and told of where users wait for them."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
+
+from qwen3next_plugin.kernels import compilations
 from tests.helpers import output_of
 
 KERNEL = "_rms_norm_kernel"
@@ -17,3 +21,12 @@ def test_only_our_compilations_while_serving_are_told_of() -> None:
     assert found["faults"] == [KERNEL]
     # Whose hook was there before hears of all of them.
     assert found["heard"] == [KERNEL, KERNEL, "_somebody_elses_kernel", KERNEL, KERNEL]
+
+
+def test_another_form_of_the_hooks_event_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own type says None for constants."""
+    monkeypatch.setattr(compilations, "_seen", {})
+    kernel = SimpleNamespace(module=f"{compilations.PACKAGE}.norm.triton", name=KERNEL)
+    compiled = {"signature": {"x": "i32"}, "constants": None, "configs": [{}]}
+    compilations._note({"fn": kernel, "compile": compiled, "repr": "said", "key": "so"})
+    assert [(found.kernel, found.specialization) for found in compilations.compiled()] == [(KERNEL, "said so")]
