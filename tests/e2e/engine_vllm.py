@@ -49,8 +49,10 @@ class VllmEngine(Engine):
     )
 
     def command(self, model: str, port: int) -> list[str]:
-        vllm = Path(sys.executable).with_name("vllm")
-        return [str(vllm), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+        script = Path(sys.executable).with_name("vllm")
+        # An unpacked engine on PYTHONPATH has no script; the module is what it would run.
+        start = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+        return [*start, "serve", model, "--host", "127.0.0.1", "--port", str(port)]
 
     def context_reserve(self, num_drafts: int) -> int:
         return 0
