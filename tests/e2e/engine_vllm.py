@@ -78,6 +78,7 @@ class VllmEngine(Engine):
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_CACHE_ROOT": str(Path(tempfile.gettempdir()) / f"qwen3next-e2e-{os.getuid()}"),
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it is compiled at the first start, for two minutes
             "VLLM_CONFIGURE_LOGGING": "1",
             "VLLM_LOGGING_LEVEL": "INFO",
             "PYTHONPATH": _vllm_alias(),
