@@ -103,6 +103,12 @@ class _Profiling:
         """Whether that was all. Called when a step has ended, so profiling begins and ends between steps."""
         if self.requests and not requests == tokens == self.requests:
             return self._stop() if self.profiler is not None else False
+        if not self.requests and requests == tokens:
+            # Not a prompt: an engine that overlaps steps still decodes for a request that has all of its tokens.
+            if self.profiler is not None:
+                self.profiler.stop()
+                self._start()
+            return False
         if self.profiler is None:
             self._start()
             return False

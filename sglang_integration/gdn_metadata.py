@@ -37,8 +37,8 @@ class Qwen3NextGdnMetadata:
 
 
 def masked_slots(slots: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`slots` where `mask`, `PADDING` elsewhere."""
-    return torch.where(mask, slots, PADDING)
+    """`slots` where `mask`, `PADDING` elsewhere. Also recorded into graphs: nothing here is copied from the host."""
+    return slots.masked_fill(~mask, PADDING)
 
 
 def prefill_rows(
@@ -58,9 +58,11 @@ def prefill_rows(
     if lengths and len(lengths) == slots.shape[0] and sum(lengths) <= batch.input_ids.shape[0]:
         packed = PackedRows.of(lengths, slots.device, snapshot_grid=snapshot_grid)
     positions = batch.mamba_track_aligned_lens() if snapshot_slots is not None else None
+    # Captured prefills are tried with int64 buffers and run with int32 ones: kernels are compiled for one of them.
+    start = batch.extend_start_loc.to(torch.int32)
     return PrefillRows(
-        query_start=batch.extend_start_loc,
-        query_end=batch.extend_start_loc + batch.extend_seq_lens,
+        query_start=start,
+        query_end=start + batch.extend_seq_lens.to(torch.int32),
         state_slots=slots,
         has_initial_state=batch.extend_prefix_lens > 0,
         max_query_len=max(lengths or (batch.input_ids.shape[0],)),

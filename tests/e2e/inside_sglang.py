@@ -52,6 +52,9 @@ def look_in() -> None:
             tokens[row, : len(made)] = torch.tensor(made, dtype=tokens.dtype)
         return parents, scores, tokens, probabilities
 
+    def capture_nothing(self: Any) -> None:
+        self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None
+
     def poison_states(self: Any) -> None:
         for state in _states(self):
             state.fill_(float("nan"))
@@ -63,6 +66,8 @@ def look_in() -> None:
     UnifiedRadixCache.insert = remember_key
     if drafts.fault_rate >= 0:
         EagleDraftWorker.draft, EagleDraftWorker.draft_forward = remember_batch, replace_drafts
+        # On a GPU: a graph of the drafter would hold the drafts of its capture. The verification keeps its graphs.
+        EagleDraftWorker._capture_cuda_graphs = capture_nothing
     Scheduler.poison_states, Scheduler.save_states = poison_states, save_states
 
 
@@ -95,8 +100,8 @@ def _cached_states(scheduler: Any, key: Any) -> list[dict[str, Any]]:
         conv, ssm = {}, {}
         for layer, place in pool.mamba_map.items():
             name = f"model.layers.{layer}.linear_attn"
-            conv[name] = states.conv[0][place, int(slot)].T.clone()
-            ssm[name] = states.temporal[place, int(slot)].clone()
+            conv[name] = states.conv[0][place, int(slot)].T.cpu().clone()
+            ssm[name] = states.temporal[place, int(slot)].cpu().clone()
         found.append({"tokens": list(key.raw_token_ids())[:matched], "conv": conv, "ssm": ssm})
         length = matched - 1
     return found

@@ -95,3 +95,19 @@ def test_a_recorder_profiles_the_steps_asked_for(tmp_path: Path) -> None:
     assert names.count("aten::matmul") == 2
     assert not (tmp_path / PROFILE_REQUEST).exists()
     recorder.step(2, 2, 1)  # and on it goes
+
+
+def test_a_prompt_is_profiled_without_what_is_decoded_before_it(tmp_path: Path) -> None:
+    """SGLang overlaps steps: behind the small request that begins a profile comes a step that nobody asked for."""
+    recorder, trace = Recorder(tmp_path), tmp_path / "trace.json"
+    (tmp_path / PROFILE_REQUEST).write_text(json.dumps({"requests": 0, "steps": 1, "trace": str(trace)}))
+    recorder.step(1, 1, 1)  # nor what comes before it
+    recorder.step(1, 4, 4)
+    torch.randn(8, 8) @ torch.randn(8, 8)
+    recorder.step(1, 1, 1)
+    assert not trace.exists()
+    torch.randn(8, 8).exp()
+    recorder.step(1, 900, 900)
+    assert trace.with_suffix(".done").read_text() == "1"
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert (names.count("aten::matmul"), names.count("aten::exp")) == (0, 1)
