@@ -94,8 +94,8 @@ class SglangEngine(Engine):
     def variables(self) -> dict[str, str]:
         exact = {"SGLANG_MAMBA_CONV_DTYPE": "float32"}  # bfloat16 otherwise, whatever --dtype says
         if torch.cuda.is_available():
-            # SGLang's Triton attention multiplies float32 as TF32 unless Triton is told otherwise: that rounds to a part
-            # in 2000, and the oracle is to be met more closely.
+            # SGLang's Triton attention multiplies float32 as TF32 unless Triton is told otherwise: that rounds to
+            # a part in 2000, and the oracle is to be met more closely.
             return exact | {"TRITON_F32_DEFAULT": "ieee"}
         # torch.compile would spend half a minute on one helper of NEXTN's.
         return exact | {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}

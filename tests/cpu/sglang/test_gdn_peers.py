@@ -55,6 +55,9 @@ def test_rows_are_packed_if_the_host_knows_where_they_lie(lengths: list[int] | N
         extend_prefix_lens=torch.tensor([0, 64]),
     )
     rows = prefill_rows(batch, torch.tensor([2, 5]), None, 128)
+    # whatever type SGLang's buffers have, lest a captured prefill's compile kernels of their own
+    assert rows.query_start.dtype == rows.query_end.dtype == torch.int32
+    assert rows.query_end.tolist() == [3, 7]
     if not packed:
         assert rows.packed is None
         return
