@@ -34,6 +34,7 @@ KEPT_PREFIXES = (
     "SGL_",
     "TORCH",
     "TRITON_",
+    "TVM_",
     "VLLM_",
 )
 """Variables that a result file keeps: those that can change speed. Nothing else of the environment is written down."""
@@ -45,8 +46,10 @@ _CACHES = {
     "FLASHINFER_WORKSPACE_BASE": "flashinfer",
     "SGLANG_CACHE_DIR": "sglang",
     "SGLANG_DG_CACHE_DIR": "deep_gemm",
+    "SGLANG_JIT_CACHE_DIR": "sglang_jit",  # in the home folder otherwise, whatever SGLANG_CACHE_DIR says
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
+    "TVM_FFI_CACHE_DIR": "tvm_ffi",
     "VLLM_CACHE_ROOT": "vllm",
     "XDG_CACHE_HOME": "xdg",
 }

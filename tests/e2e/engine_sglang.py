@@ -25,6 +25,9 @@ STATE_EVERY = 64
 _ON_CPU = ["--device", "cpu", "--attention-backend", "torch_native", "--sleep-on-idle"]
 # FlashAttention, which SGLang takes on Hopper, has no float32.
 _FLOAT32_ON_GPU = ["--attention-backend", "triton"]
+# SGLang leaves the rest of what is free alone, and refuses to start when others take that much while it loads. On a GPU
+# that others use, too, it shall take its pools, whose sizes are said, from the last of it.
+_SHARE_OF_CPU, _SHARE_OF_GPU = "0.3", "0.95"
 # Requests are admitted as if their answers were short, so that they outgrow the pool and some are retracted.
 _SMALL_POOL = ["--schedule-conservativeness", "0.2"]
 
@@ -75,12 +78,14 @@ class SglangEngine(Engine):
         chosen = [] if torch.cuda.is_available() else list(_ON_CPU)
         if torch.cuda.is_available() and setup.dtype == "float32":
             chosen += _FLOAT32_ON_GPU
-        chosen += ["--dtype", setup.dtype, "--context-length", str(setup.max_model_len), "--mem-fraction-static", "0.3"]
+        chosen += ["--mem-fraction-static", _SHARE_OF_GPU if torch.cuda.is_available() else _SHARE_OF_CPU]
+        chosen += ["--dtype", setup.dtype, "--context-length", str(setup.max_model_len)]
         chosen += ["--max-running-requests", "8", "--max-total-tokens", str(max(4096, setup.max_model_len + 64))]
         chunk = 128 if setup.max_model_len <= 4096 else 1024
         chosen += ["--max-mamba-cache-size", "80", "--chunked-prefill-size", str(chunk)]
         chosen += ["--mamba-track-interval", str(STATE_EVERY)]
-        chosen += ["--enable-cache-report", "--random-seed", "0"]
+        # The watchdog ends a server that a busy machine, or whoever paused the tests, kept from its work for 5 minutes.
+        chosen += ["--enable-cache-report", "--random-seed", "0", "--watchdog-timeout", "3000"]
         if setup.cache:
             chosen += ["--mamba-radix-cache-strategy", setup.cache]
             chosen += ["--disable-overlap-schedule"] * (setup.cache == "no_buffer")
