@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from .errors import SettingsError
 from .kernels.gdn.peer_flashinfer import NAME, flashinfer_peer
-from .kernels.gdn.peers import HeadShape, Peer, offer_prefill, say_missing, try_offers
+from .kernels.gdn.peers import OFFERS, HeadShape, Peer, try_offers
 from .spec import GdnSpec
-
-
-def offer(name: str, load: Callable[[], Peer], missing: str) -> None:
-    """Offers what ``load`` imports, or notes why it cannot be had: ``missing``, and what the import said."""
-    try:
-        peer = load()
-    except (ImportError, RuntimeError) as error:  # RuntimeError: parts of FlashInfer are of different versions
-        say_missing(name, f"{missing} ({error})")
-    else:
-        offer_prefill(peer)
 
 
 def offer_flashinfer() -> None:
     """Offers FlashInfer's prefill, which both engines require on a GPU, or notes why it cannot be had."""
-    offer(NAME, _flashinfer, "cannot be imported")
+    OFFERS.look_for(NAME, _flashinfer, "cannot be imported")
 
 
 def _flashinfer() -> Peer:

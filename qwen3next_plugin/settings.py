@@ -105,11 +105,11 @@ class Settings:
     def tell_kernels(self) -> None:
         """Makes the kernels of this process follow these settings; SettingsError if they cannot."""
         from .kernels.dispatch import prefer  # here, for the command line must not wait for torch
-        from .kernels.gdn.peers import prefer_prefill
+        from .kernels.gdn.peers import OFFERS
         from .kernels.moe.config import use_folder
 
         prefer(self.backend)
-        prefer_prefill(self.gdn_prefill)
+        OFFERS.prefer(self.gdn_prefill)
         try:
             use_folder(self.moe_configs)
         except ValueError as error:

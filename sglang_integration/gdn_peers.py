@@ -10,8 +10,8 @@ from sglang.srt.runtime_context import get_exec, mamba_cache_chunk_size
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from qwen3next_plugin.gdn_peers import offer, offer_flashinfer, try_prefills
-from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall, say_missing
+from qwen3next_plugin.gdn_peers import offer_flashinfer, try_prefills
+from qwen3next_plugin.kernels.gdn.peers import OFFERS, Peer, PeerCall
 
 from .names import get_parallel
 from .spec import spec_of
@@ -57,9 +57,9 @@ def offer_engine_prefills(config: PretrainedConfig) -> None:
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    offer("fla", _fla, "not in this SGLang")
+    OFFERS.look_for("fla", _fla, "not in this SGLang")
     if get_exec().deterministic.enable_deterministic_inference:
-        say_missing("flashinfer", "its sums depend on the batch, and --enable-deterministic-inference is set")
+        OFFERS.say_missing("flashinfer", "its sums depend on the batch, and --enable-deterministic-inference is set")
     else:
         offer_flashinfer()
     try_prefills(spec_of(config).gdn, get_parallel().tp_size, torch.get_default_dtype(), snapshot_grid())

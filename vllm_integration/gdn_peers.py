@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from qwen3next_plugin.gdn_peers import offer, offer_flashinfer, try_prefills
-from qwen3next_plugin.kernels.gdn.peers import Peer, PeerCall
+from qwen3next_plugin.gdn_peers import offer_flashinfer, try_prefills
+from qwen3next_plugin.kernels.gdn.peers import OFFERS, Peer, PeerCall
 
 from .spec import spec_of
 
@@ -50,7 +50,7 @@ def offer_engine_prefills(vllm_config: VllmConfig) -> None:
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    offer("fla", _fla, "not in this vLLM")
+    OFFERS.look_for("fla", _fla, "not in this vLLM")
     offer_flashinfer()
     ranks = vllm_config.parallel_config.tensor_parallel_size
     try_prefills(spec_of(vllm_config).gdn, ranks, vllm_config.model_config.dtype)

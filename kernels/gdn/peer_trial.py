@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from ..offers import problem_of
 from . import peer_table
 from .packed import PackedRows
 from .peers import HeadShape, Peer, run_peer
@@ -21,13 +22,9 @@ def trial(peer: Peer, shape: HeadShape, device: torch.device, snapshot_grid: int
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     for rows in sorted({1, -(-processors // shape.num_v_heads)}):
-        try:
-            error = _error(peer, shape, device, snapshot_grid, rows)
-        except Exception as problem:
-            first_line = (str(problem).splitlines() or [""])[0]
-            return f"{type(problem).__name__}: {first_line}"
-        if not error <= peer_table.MOST_ERROR:
-            return f"its results differ from this plugin's by {error:.2g} (relative), more than {peer_table.MOST_ERROR}"
+        problem = problem_of(partial(_error, peer, shape, device, snapshot_grid, rows), peer_table.MOST_ERROR)
+        if problem is not None:
+            return problem
     return None
 
 

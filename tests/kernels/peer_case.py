@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3next_plugin.kernels import offers
 from qwen3next_plugin.kernels.gdn import peer_table, peers
 from qwen3next_plugin.kernels.gdn.peer_trial import trial
 from qwen3next_plugin.kernels.gdn.peers import HeadShape, Peer
@@ -49,13 +50,13 @@ def empty_registry(*rules: peer_table.Rule) -> Iterator[None]:
     """No offers before, none after; the CPU takes the place of a GPU that has these rules."""
     saved = peer_table.RULES, peers.capability_of
     peer_table.RULES, peers.capability_of = rules, lambda device: CPU  # type: ignore[assignment]
-    peers.withdraw_all()
+    peers.OFFERS.withdraw_all()
     try:
         yield
     finally:
         peer_table.RULES, peers.capability_of = saved
-        peers.prefer_prefill(peers.AUTO)
-        peers.withdraw_all()
+        peers.OFFERS.prefer(offers.AUTO)
+        peers.OFFERS.withdraw_all()
 
 
 def check_adapter(peer_of: Callable[[Callable[..., Any]], Peer], fake: Callable[..., Any], real: Any) -> None:

@@ -100,7 +100,7 @@ def shape_of(tokens: Tokens) -> HeadShape:
 def offer(tokens: Tokens, fake: FakeFlashInfer | None = None, grid: int | None = None) -> FakeFlashInfer:
     """A FlashInfer of this convention, tried for the shape of ``tokens``; what the trial called is forgotten."""
     fake = fake or FakeFlashInfer()
-    peers.offer_prefill(small(flashinfer_peer(fake)))
+    peers.OFFERS.offer(small(flashinfer_peer(fake)))
     peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device, grid)
     fake.calls.clear()
     return fake
@@ -253,7 +253,7 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason(device: str) -> None:
         raise RuntimeError("no compiler\nin this place")
 
     tokens = case(60, device)
-    peers.offer_prefill(small(flashinfer_peer(broken)))
+    peers.OFFERS.offer(small(flashinfer_peer(broken)))
     peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
     assert dispatch.describe("cuda")["gdn_prefill"].endswith("; no flashinfer: RuntimeError: no compiler)")
 
@@ -261,7 +261,7 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason(device: str) -> None:
 def test_an_offer_for_other_heads_is_not_tried(device: str) -> None:
     fake = FakeFlashInfer()
     tokens = case(60, device)
-    peers.offer_prefill(flashinfer_peer(fake))
+    peers.OFFERS.offer(flashinfer_peer(fake))
     peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
     (said,) = described()
     assert not fake.calls and "not for torch.float32 tokens with heads of 16" in said
@@ -278,7 +278,7 @@ def test_what_is_chosen_is_described(device: str) -> None:
     assert described() == [f"{by}, not where snapshots are kept: {tried}"]
     assert dispatch.describe("cuda")["gdn_prefill"].endswith(f"; {by}, not where snapshots are kept: {tried})")
     offer(tokens, fake, grid=64)
-    peers.say_missing("fla", "not in this engine")
+    peers.OFFERS.say_missing("fla", "not in this engine")
     assert described() == [f"{by}: {tried}", "triton no fla: not in this engine"]
 
 
@@ -289,8 +289,8 @@ def test_the_first_rule_that_fits_decides_and_a_wish_overrides_it(device: str) -
     def by_log_decay(call: PeerCall) -> tuple[Tensor, Tensor | None]:
         return flashinfer.function(replace(call, decay=call.decay.exp()))
 
-    peers.offer_prefill(flashinfer)
-    peers.offer_prefill(replace(flashinfer, name="fla", function=by_log_decay, log_decay=True))
+    peers.OFFERS.offer(flashinfer)
+    peers.OFFERS.offer(replace(flashinfer, name="fla", function=by_log_decay, log_decay=True))
     where = tokens.mixed_qkv.device
     peers.try_offers(shape_of(tokens), where)
 
@@ -300,19 +300,19 @@ def test_the_first_rule_that_fits_decides_and_a_wish_overrides_it(device: str) -
 
     assert [chosen(length) for length in (10, 20, 39, 40)] == [None, "fla", "fla", "flashinfer"]
     for wish, expected in (("own", None), ("fla", "fla"), ("flashinfer", "flashinfer")):
-        peers.prefer_prefill(wish)
+        peers.OFFERS.prefer(wish)
         assert [chosen(length) for length in (1, 60)] == [expected] * 2
     assert any(text.startswith("flashinfer wherever it can, as asked") for text in described())
 
 
 def test_a_wish_that_cannot_be_had_is_refused(device: str) -> None:
     tokens = case(60, device)
-    peers.prefer_prefill("fla")
+    peers.OFFERS.prefer("fla")
     with pytest.raises(
         ValueError, match="prefill by 'fla' was asked for.*no engine offers it; ask for 'auto' or 'own'"
     ):
         peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
-    peers.say_missing("fla", "not in this engine")
+    peers.OFFERS.say_missing("fla", "not in this engine")
     with pytest.raises(ValueError, match="it cannot be had: not in this engine"):
         peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
 

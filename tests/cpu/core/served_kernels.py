@@ -109,8 +109,8 @@ class Gdn:
         self.records = DraftRecords.allocate(3, 5, 1 + DRAFTS, **heads, input_dtype=BF16, device="cpu")
         for log_decay in (False, True):
             name = f"log decay: {log_decay}"
-            peers.offer_prefill(peers.Peer(name, lambda call: (call.state, call.state), log_decay))
-            peers._tried.update((name, peers.HeadShape(**heads, dtype=BF16), kept) for kept in (False, True))
+            peers.OFFERS.offer(peers.Peer(name, lambda call: (call.state, call.state), log_decay))
+            peers.OFFERS.tried.update((name, (peers.HeadShape(**heads, dtype=BF16), kept)) for kept in (False, True))
 
     def models(self) -> list[nn.Module]:
         return [self.layer]
@@ -149,8 +149,8 @@ class Gdn:
             keeping = dataclasses.replace(prefill, snapshot_positions=kept, snapshot_slots=kept)
             self.step(tokens, prefill=keeping)
             packed = PackedRows.of([1] * rows, "cpu", first)
-            for name in list(peers._offers):
-                peers.prefer_prefill(name)
+            for name in list(peers.OFFERS.found):
+                peers.OFFERS.prefer(name)
                 self.step(tokens + first, prefill=dataclasses.replace(prefill, packed=packed))
                 self.step(tokens + first, prefill=dataclasses.replace(keeping, packed=packed))
             self.step(tokens, recurrent=decode)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwen3next_plugin.errors import SettingsError
-from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels import dispatch, offers
 from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.moe import config
 from qwen3next_plugin.rope_request import RopeShortcut
@@ -80,10 +80,10 @@ def test_prefill_by_an_engine_needs_a_gpu_and_its_kernels() -> None:
 def test_the_kernels_are_told_who_prefills() -> None:
     try:
         Settings(gdn_prefill="own").tell_kernels()
-        assert peers._wanted == peers.OWN
+        assert peers.OFFERS.wanted == offers.OWN
     finally:
         Settings().tell_kernels()
-    assert peers._wanted == peers.AUTO
+    assert peers.OFFERS.wanted == offers.AUTO
 
 
 def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
