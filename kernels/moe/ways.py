@@ -9,6 +9,7 @@ from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
+from .peers import Plan, peer_choices, plan_for
 
 MAX_TOKENS = 4  # up to which nothing is sorted
 MANY_PAIRS = 4096  # from which on sorting them in chunks is quicker than scans by every expert
@@ -17,14 +18,15 @@ SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at 
 
 @dataclass(frozen=True)
 class Way:
-    """Whether activations are rounded, the tiles (None: a few tokens, nothing is sorted), and how pairs are sorted:
-    `scan_of` them, and whether they are `chunked`.
+    """Whether activations are rounded, the tiles (None: a few tokens, nothing is sorted, or a plan), how pairs are
+    sorted: `scan_of` them, and whether they are `chunked`; and the plan by which an engine's products run.
     """
 
     quantize: bool
     config: MoeConfig | None
     scan: int
     chunks: bool
+    plan: Plan | None = None
 
 
 def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activations: bool) -> bool:
@@ -64,6 +66,7 @@ def way_choices(target: Target) -> list[Choice]:
         Choice(f"{more}, bf16", why="sorted by expert", tiles=tiles),
         replace(rounded, shapes=f"{more}, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
         replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
+        *peer_choices(target),
     ]
 
 
@@ -80,15 +83,17 @@ def choose_way(
 
     None for quantize_activations decides it by `rounds`.
     """
-    experts = w13.shape[0]
+    experts, pairs = w13.shape[0], tokens * choices
     quantize = quantize_activations
     if quantize is None:
         quantize = rounds(tokens, w13, w13_scale)
+    plan = plan_for(tokens, choices, w13, w13_scale) if quantize and not is_forced() else None
+    if plan is not None:
+        return Way(quantize, None, scan_of(pairs), chunked(pairs), plan)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
         return Way(quantize, None, 0, False)
     routed = w13[: experts - num_shared] if num_shared else w13
     config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
-    pairs = tokens * choices
     return Way(quantize, config, scan_of(pairs), chunked(pairs))
 
 

@@ -22,11 +22,13 @@ class Tiles:
     """Pairs sorted by expert. A pair p stands for token p // top_k and its choice p % top_k.
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
-    experts [max_tiles] int32: each tile's expert, or -1 past the last used tile.
+    experts [max_tiles] int32: each tile's expert, or -1 past the last used tile (whose pairs are not set);
+    counts [E] int32: each expert's pairs.
     """
 
     pairs: torch.Tensor
     experts: torch.Tensor
+    counts: torch.Tensor
     block_m: int
 
     @property
@@ -185,4 +187,4 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
         _chunk_place_kernel[(chunks,)](
             ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
         )
-    return Tiles(pairs, experts, block_m)
+    return Tiles(pairs, experts, counts, block_m)

@@ -18,6 +18,8 @@ from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_o
 from ..config import Tile
 from ..ways import choose_way
 from .align import Tiles, align
+from .by_peer import fused_moe_by_peer
+from .combine import weighted_sum
 from .few import fused_moe_few
 
 
@@ -134,32 +136,6 @@ def _grouped_kernel(
         tl.store(out_ptr + pairs[:, None] * N + cols[None, :], first.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _weighted_sum_kernel(
-    values_ptr,
-    weights_ptr,
-    ids_ptr,
-    out_ptr,
-    H,
-    num_experts,
-    weights_stride,
-    ids_stride,
-    TOP_K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    for choice in range(TOP_K):
-        expert = tl.load(ids_ptr + token * ids_stride + choice)
-        weight = tl.load(weights_ptr + token * weights_stride + choice).to(tl.float32)
-        held = (expert >= 0) & (expert < num_experts)  # rows of skipped pairs were never written
-        limit = tl.where(held, H, 0)
-        value = tl.load(values_ptr + (token * TOP_K + choice) * H + cols, mask=cols < limit, other=0.0)
-        total += tl.where(held, weight, 0.0) * value.to(tl.float32)
-    tl.store(out_ptr + token * H + cols, total.to(out_ptr.dtype.element_ty), mask=cols < H)
-
-
 def _grouped(
     a: torch.Tensor,
     weight: torch.Tensor,
@@ -268,6 +244,8 @@ def fused_moe(
     topk_weights, topk_ids = (t if t.stride(1) == 1 else t.contiguous() for t in (topk_weights, topk_ids))
     way = choose_way(tokens, top_k, x.element_size(), w13, w13_scale, quantize_activations, num_shared)
     config = way.config
+    if way.plan is not None and w13_scale is not None and w2_scale is not None:
+        return fused_moe_by_peer(way.plan, x, (w13, w13_scale), (w2, w2_scale), topk_weights, topk_ids)
     if config is None:
         return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     tiles = align(topk_ids, num_experts, config.block_m)
@@ -285,17 +263,5 @@ def fused_moe(
         activated, w2, w2_scale, w2_zero, tiles, config.down, values,
         pairs_per_row=1, swiglu=False, quantize=way.quantize, a_scale=scale,
     )  # fmt: skip
-    block = min(1024, triton.next_power_of_2(hidden))
-    _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](
-        values,
-        topk_weights,
-        topk_ids,
-        out,
-        hidden,
-        num_experts,
-        topk_weights.stride(0),
-        topk_ids.stride(0),
-        TOP_K=top_k,
-        BLOCK_H=block,
-    )
+    weighted_sum(values, None, topk_weights, topk_ids, num_experts, out)
     return out

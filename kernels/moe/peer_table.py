@@ -1,0 +1,39 @@
+"""How many tokens' experts an engine's grouped product runs: data, to be edited when a GPU has said otherwise.
+
+The first rule that fits decides; where none does, or its function is not there, this plugin's own kernels run. They
+alone serve weights in other formats than FP8 blocks of 128x128.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``peer`` takes steps of at least ``min_tokens`` tokens on GPUs of this capability, with each expert's rows padded
+    to a multiple of ``alignment``, which is its tiles' height.
+    """
+
+    capability: tuple[int, int]
+    peer: str
+    min_tokens: int
+    alignment: int
+    why: str
+
+
+RULES = (
+    Rule(
+        (9, 0),
+        "deepgemm",
+        2048,
+        128,
+        "a prediction, not measured: at 8,192 tokens our kernels reach 377 TFLOP/s on an H100, and what DeepGEMM's "
+        "authors publish of its grouped products is above 1,000; with fewer tokens most of a tile's rows are padding",
+    ),
+)
+
+MIN_TOKENS = 256
+"""From which on it runs where a user asks for it by name: with fewer, hardly any row of a tile is in use."""
+
+MOST_ERROR = 5e-2
+"""A peer is not used if any token's output differs from our own by more (relative norm). Most of it is values that lie
+between two codes of FP8: a peer rounds them to bfloat16 before, we do not."""

@@ -1,0 +1,140 @@
+"""The experts of many tokens by an engine's grouped product, where that is faster than our own: `..offers` for them.
+
+An engine's adapter offers functions (``OFFERS``) and has them tried once, at its start (:func:`try_offers`). How many
+tokens go where is data: :mod:`.peer_table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Choice
+from ..gemm.reference import FP8, GROUP
+from ..gpus import Target
+from ..offers import AUTO, Offers, capability_of
+from . import peer_table
+
+
+@dataclass(frozen=True)
+class PeerCall:
+    """One product of R rows, sorted by expert; each expert's begin at a multiple of ``alignment``, padded in between.
+
+    rows ``[R, K]`` float8_e4m3fn with factors ``[R, K/128]`` float32, which lie column by column (strides 1, R);
+    weight ``[E, N, K]`` float8_e4m3fn with weight_factors ``[E, N/128, K/128]`` float32, both contiguous; ends ``[E]``
+    int32, behind each expert's last row (where it would begin, if it has none); out ``[R, N]`` bfloat16, to be filled.
+    Rows that no expert has hold anything, and may be given anything.
+    """
+
+    rows: Tensor
+    factors: Tensor
+    weight: Tensor
+    weight_factors: Tensor
+    ends: Tensor
+    alignment: int
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A grouped product that an engine offers; it must give equal bits for equal inputs and wait for no host."""
+
+    name: str
+    function: Callable[[PeerCall], None]
+
+
+class ExpertShape(NamedTuple):
+    """What a function was built for: w13 ``[experts, 2 * inner, hidden]``."""
+
+    experts: int
+    hidden: int
+    inner: int
+
+
+class Plan(NamedTuple):
+    """Who runs the experts of a step, the height of its tiles, and the rows that any routing of it fits into."""
+
+    peer: str
+    alignment: int
+    rows: int
+
+
+OFFERS: Offers[Peer, ExpertShape] = Offers("experts of prefills")
+
+
+def padded_tokens(tokens: int) -> int:
+    """The next number whose last bits are 0, all but three: four between a power of two and the next.
+
+    A peer chooses, and compiles, a kernel by its rows: few numbers of them can be met before a server is ready.
+    """
+    step = 1 << max(0, tokens.bit_length() - 3)
+    return -(-tokens // step) * step
+
+
+def rows_for(tokens: int, choices: int, experts: int, alignment: int) -> int:
+    """Rows that any routing of so many tokens fits into: each expert pads less than a tile."""
+    pairs = padded_tokens(tokens) * choices
+    return (pairs // alignment + min(experts, pairs)) * alignment
+
+
+def plan_for(tokens: int, choices: int, w13: Tensor, w13_scale: Tensor | None) -> Plan | None:
+    """Who runs the experts of so many tokens with such weights; None for our own kernels."""
+    if not OFFERS.tried or w13_scale is None or w13.dtype is not FP8:
+        return None
+    experts, double_inner, hidden = w13.shape
+    shape = ExpertShape(experts, hidden, double_inner // 2)
+    if w13_scale.shape != (experts, double_inner // GROUP, hidden // GROUP):
+        return None
+    for rule in _rules(w13.device):
+        if tokens >= rule.min_tokens and (rule.peer, shape) in OFFERS.tried:
+            return Plan(rule.peer, rule.alignment, rows_for(tokens, choices, experts, rule.alignment))
+    return None
+
+
+def try_offers(shape: ExpertShape, device: torch.device) -> None:
+    """Run each offer that could be chosen on this GPU for ``shape``, once, and compare it with our own kernels.
+
+    Called at an engine's start, in every process that serves. An offer that fails is withdrawn, with a reason for the
+    activation line. Raises ValueError if the one that was asked for by name is not there or failed.
+    """
+    from .peer_trial import trial
+
+    alignments = {rule.peer: rule.alignment for rule in _rules(device)}
+    for peer in OFFERS.candidates(_rules(device)):
+        if peer.name not in alignments:
+            problem: str | None = "not for GPUs of compute capability {}.{}".format(*capability_of(device))
+        elif shape.hidden % GROUP or shape.inner % GROUP:
+            problem = f"not for experts of {shape.inner} columns: FP8 blocks have {GROUP}"
+        else:
+            problem = trial(peer, shape, device, alignments[peer.name])
+        if problem is None:
+            OFFERS.tried.add((peer.name, shape))
+        else:
+            OFFERS.say_missing(peer.name, problem)
+    OFFERS.insist()
+
+
+def peer_choices(target: Target) -> list[Choice]:
+    """For the table of what runs: who takes over where, and what is missing."""
+    return OFFERS.choices(peer_table.RULES, target, _range_of)
+
+
+def _range_of(name: str) -> str:
+    least = [rule.min_tokens for rule in _wanted_rules() if rule.peer == name]
+    return f"from {least[0]} tokens, FP8 blocks" if least else "nowhere"
+
+
+def _rules(device: torch.device) -> list[peer_table.Rule]:
+    capability = capability_of(device)
+    return [rule for rule in _wanted_rules() if rule.capability == capability]
+
+
+def _wanted_rules() -> Sequence[peer_table.Rule]:
+    """The table, or what a user made of it."""
+    if OFFERS.wanted == AUTO:
+        return peer_table.RULES
+    return [replace(rule, min_tokens=peer_table.MIN_TOKENS) for rule in peer_table.RULES if rule.peer == OFFERS.wanted]
