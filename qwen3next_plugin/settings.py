@@ -16,6 +16,7 @@ PREFIX = "QWEN3NEXT_"
 
 Kernels = Literal["auto", "triton", "reference"]
 GdnPrefill = Literal["auto", "own", "fla", "flashinfer"]
+MoePrefill = Literal["auto", "own", "deepgemm"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class Settings:
             "values": {"auto": "auto", "own": "own", "fla": "fla", "flashinfer": "flashinfer"},
             "help": "Who runs the prefill of Gated DeltaNet layers on a GPU: own, this plugin's kernels; fla or "
             "flashinfer, the engine's, wherever they can; auto, whichever is expected to be fastest. Default auto.",
+        },
+    )
+    moe_prefill: MoePrefill = field(
+        default="auto",
+        metadata={
+            "variable": "QWEN3NEXT_MOE_PREFILL",
+            "values": {"auto": "auto", "own": "own", "deepgemm": "deepgemm"},
+            "help": "Who runs FP8 experts of many tokens on a Hopper GPU: own, this plugin's kernels; deepgemm, the "
+            "engine's DeepGEMM, from a few hundred tokens on; auto, whichever is expected to be faster. Default auto.",
         },
     )
     rope: RopeShortcut | None = field(
@@ -105,21 +115,26 @@ class Settings:
     def tell_kernels(self) -> None:
         """Makes the kernels of this process follow these settings; SettingsError if they cannot."""
         from .kernels.dispatch import prefer  # here, for the command line must not wait for torch
-        from .kernels.gdn.peers import OFFERS
+        from .kernels.gdn.peers import OFFERS as PREFILLS
         from .kernels.moe.config import use_folder
+        from .kernels.moe.peers import OFFERS as GROUPED_PRODUCTS
 
         prefer(self.backend)
-        OFFERS.prefer(self.gdn_prefill)
+        PREFILLS.prefer(self.gdn_prefill)
+        GROUPED_PRODUCTS.prefer(self.moe_prefill)
         try:
             use_folder(self.moe_configs)
         except ValueError as error:
             raise SettingsError(f"QWEN3NEXT_MOE_CONFIGS: {error}.") from None
 
     def check_device(self, device_type: str) -> None:
-        """Raise SettingsError if ``kernels`` or ``gdn_prefill`` cannot run on this device type ("cuda" or "cpu")."""
-        if self.gdn_prefill in ("fla", "flashinfer") and (device_type == "cpu" or self.kernels == "reference"):
-            where = "on a CPU" if device_type == "cpu" else "beside QWEN3NEXT_KERNELS=reference"
-            raise SettingsError(f"QWEN3NEXT_GDN_PREFILL is {self.gdn_prefill!r} {where}: use auto or own.")
+        """Raise SettingsError if ``kernels``, ``gdn_prefill`` or ``moe_prefill`` cannot run on this device type ("cuda"
+        or "cpu").
+        """
+        for name, value in (("GDN", self.gdn_prefill), ("MOE", self.moe_prefill)):
+            if value not in ("auto", "own") and (device_type == "cpu" or self.kernels == "reference"):
+                where = "on a CPU" if device_type == "cpu" else "beside QWEN3NEXT_KERNELS=reference"
+                raise SettingsError(f"QWEN3NEXT_{name}_PREFILL is {value!r} {where}: use auto or own.")
         if self.kernels == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise SettingsError("QWEN3NEXT_KERNELS is 'triton' on a CPU: use auto or reference, or TRITON_INTERPRET=1.")
 
@@ -156,6 +171,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         enabled=bool(values.get("enabled", True)),
         kernels=cast(Kernels, values.get("kernels", "auto")),
         gdn_prefill=cast(GdnPrefill, values.get("gdn_prefill", "auto")),
+        moe_prefill=cast(MoePrefill, values.get("moe_prefill", "auto")),
         rope=cast(RopeShortcut | None, values.get("rope")),
         moe_configs=cast(Path | None, values.get("moe_configs")),
         warm_up=bool(values.get("warm_up", True)),

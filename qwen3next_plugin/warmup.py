@@ -280,6 +280,11 @@ def _every_way(
         tokens = _fewest_tokens(way, choices)
         ids = torch.full((tokens, choices), SKIPPED, dtype=torch.int32, device=serving.device)
         call = (serving.zeros(tokens, hidden), w13, w2, serving.zeros(*ids.shape, dtype=torch.float32), ids, *scales)
+        if way.plan is not None:
+            from .kernels.moe.triton.by_peer import fused_moe_by_peer  # here, where Triton is known to be
+
+            fused_moe_by_peer(way.plan, *call)
+            continue
         if way.config is None:
             fused_moe(*call, **zeros, quantize_activations=way.quantize, num_shared=num_shared)
             continue

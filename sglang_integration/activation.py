@@ -7,14 +7,16 @@ import multiprocessing
 
 import sglang
 import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from transformers import PretrainedConfig
 
 from qwen3next_plugin.activation import activation_line, plugin_version
-from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.errors import PluginError
 from qwen3next_plugin.kernels.dispatch import describe
 from qwen3next_plugin.settings import read_settings
 
 from .gdn_peers import offer_engine_prefills
+from .moe_peers import offer_engine_products
 from .refusal import refuse
 
 logger = logging.getLogger("sglang.qwen3next_plugin")
@@ -29,10 +31,11 @@ def say_stock() -> None:
 _announced = False
 
 
-def announce(config: PretrainedConfig) -> None:
+def announce(config: PretrainedConfig, quant_config: QuantizationConfig | None) -> None:
     """Logs the activation line once a process, from the model itself: no model of ours, no line.
 
-    Before it, on a GPU, tries what SGLang brings for prefills: the line says what was found. config: the model's.
+    Before it, on a GPU, tries what SGLang brings for prefills: the line says what was found. config and quant_config:
+    the model's.
     """
     global _announced
     if _announced:
@@ -43,7 +46,8 @@ def announce(config: PretrainedConfig) -> None:
         read_settings().check_device(device.type)
         if device.type == "cuda":
             offer_engine_prefills(config)
-    except SettingsError as error:
+            offer_engine_products(config, quant_config)
+    except PluginError as error:
         refuse(error)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     logger.info(activation_line("sglang", sglang.__version__, name, describe(device.type)))

@@ -58,7 +58,7 @@ class Qwen3NextForCausalLM(CausalLM):
     def __init__(
         self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ) -> None:
-        announce(config)
+        announce(config, quant_config)
         super().__init__(config, quant_config, prefix)
         if self.spec.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)

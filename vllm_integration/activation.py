@@ -10,11 +10,12 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from qwen3next_plugin.activation import activation_line, state_type_advice
-from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.errors import PluginError
 from qwen3next_plugin.kernels.dispatch import describe
 
 from .gdn_layer import gdn_state_dtype
 from .gdn_peers import offer_engine_prefills
+from .moe_peers import offer_engine_products
 from .refusal import refuse
 
 # vLLM shows the loggers below "vllm".
@@ -42,7 +43,8 @@ def _offer_once(vllm_config: VllmConfig) -> None:
     _offered = True
     try:
         offer_engine_prefills(vllm_config)
-    except SettingsError as error:
+        offer_engine_products(vllm_config)
+    except PluginError as error:
         refuse(error)
 
 

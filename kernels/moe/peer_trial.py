@@ -41,17 +41,18 @@ def _error(peer: Peer, shape: ExpertShape, device: torch.device, alignment: int)
         codes = torch.empty(experts, rows, columns, dtype=FP8, device=device)
         for expert in range(experts):
             codes[expert].view(torch.uint8).copy_(first.roll(expert, 0))
-        return codes, normal(experts, rows // GROUP, columns // GROUP).exp() / (100 * columns**0.5)
+        return codes, (normal(experts, rows // GROUP, columns // GROUP) / 2).exp() / (100 * columns**0.5)
 
-    w13, w2 = weights(2 * inner, hidden), weights(hidden, inner)
-    x = (normal(TOKENS, hidden // GROUP, 1).exp() * normal(TOKENS, hidden // GROUP, GROUP)).flatten(1)
+    (w13, w13_scale), (w2, w2_scale) = weights(2 * inner, hidden), weights(hidden, inner)
+    x = ((normal(TOKENS, hidden // GROUP, 1) / 2).exp() * normal(TOKENS, hidden // GROUP, GROUP)).flatten(1)
     x = x.to(torch.bfloat16)
     ids = (normal(TOKENS, experts) + normal(experts)).topk(top_k).indices.to(torch.int32)
     ids[1::3, 0] = -1  # another rank's
     ids[:, -1] = experts - 1  # as a shared one, which every token has
     router = normal(TOKENS, top_k).sigmoid()
     plan = Plan(peer.name, alignment, rows_for(TOKENS, top_k, experts, alignment))
+    call = (x, w13, w2, router, ids, w13_scale, w2_scale)
     with forced(default_config(TOKENS * top_k, experts, 1)):
-        own = fused_moe(x, w13[0], w2[0], router, ids, w13[1], w2[1], True).float()
-    got = fused_moe_by_peer(plan, x, w13, w2, router, ids).float()
+        own = fused_moe(*call, True).float()
+    got = fused_moe_by_peer(plan, *call).float()
     return float(((got - own).norm(dim=1) / own.norm(dim=1)).max())

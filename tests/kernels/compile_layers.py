@@ -17,8 +17,10 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels.gemm import policy, triton_few
 from qwen3next_plugin.kernels.gemm import triton as gemm
+from qwen3next_plugin.kernels.moe import peers
 from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.moe.triton.align import align
+from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
 from qwen3next_plugin.kernels.norm import triton as norm
 from qwen3next_plugin.kernels.rope import triton as rope
 
@@ -104,6 +106,18 @@ def launch_experts(dtype: torch.dtype, tokens: int) -> None:
             moe.fused_moe(x, *codes, router, ids, *scales, rounded)
 
 
+def launch_by_peer(dtype: torch.dtype, tokens: int) -> None:
+    """What is around an engine's grouped product, on one rank and on the last of four."""
+    peers.OFFERS.offer(peers.Peer("peer", lambda call: None))
+    ids = torch.zeros(tokens, 11, dtype=torch.int32)
+    for inner, alignment in ((INNER, 128), (INNER // 4, 64)):
+        w13, w2 = (torch.zeros(EXPERTS, *sizes).to(gemm.FP8) for sizes in ((2 * inner, HIDDEN), (HIDDEN, inner)))
+        scales = torch.zeros(EXPERTS, 2 * inner // 128, 16), torch.zeros(EXPERTS, 16, inner // 128)
+        plan = peers.Plan("peer", alignment, peers.rows_for(tokens, 11, EXPERTS, alignment))
+        x, router = torch.zeros(tokens, HIDDEN, dtype=dtype), torch.zeros(tokens, 11)
+        fused_moe_by_peer(plan, x, w13, w2, router, ids, *scales)
+
+
 def main() -> None:
     """Compile, then print the JSON object."""
     driver.set_active(NamesTargetOnly())
@@ -114,6 +128,8 @@ def main() -> None:
         launch_few(rows)
     for tokens in (1, 17, 1000):  # a few, and the first and the last row of the table of tile sizes
         launch_experts(torch.bfloat16, tokens)
+    if CAPABILITY >= 89:
+        launch_by_peer(torch.bfloat16, 1000)
     print(json.dumps(SHARED))
 
 

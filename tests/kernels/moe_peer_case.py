@@ -10,7 +10,9 @@ from torch import Tensor
 from qwen3next_plugin.kernels import offers
 from qwen3next_plugin.kernels.gemm.reference import dequantize_block, dequantize_tokens
 from qwen3next_plugin.kernels.moe import peer_table, peers
-from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, PeerCall
+from qwen3next_plugin.kernels.moe.peer_trial import trial
+from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, PeerCall, Plan, rows_for
+from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
 from tests.helpers import nan_like
 
 CPU = (0, 0)
@@ -98,3 +100,45 @@ def empty_registry(*rules: peer_table.Rule) -> Iterator[None]:
 def rule(min_tokens: int = 1, alignment: int = 16, peer: str = "deepgemm") -> peer_table.Rule:
     """A rule for the CPU."""
     return peer_table.Rule(CPU, peer, min_tokens, alignment, "")
+
+
+def check_peer(peer: Peer) -> None:
+    """A stand-in behind an adapter agrees with our own kernels."""
+    with empty_registry(rule()):
+        peers.OFFERS.offer(peer)
+        peers.try_offers(SHAPE, torch.device("cpu"))
+        assert not peers.OFFERS.missing and peers.OFFERS.shapes_of(peer.name) == [SHAPE]
+
+
+def check_installed(peer: Peer) -> None:
+    """What is installed agrees with our own kernels for the published model's experts, whole and of one rank of four;
+    in a graph, whose numbers of rows the routing does not change, it gives the bits that it gives outside of one.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    peers.OFFERS.offer(peer)
+    for shape in (ExpertShape(513, 2048, 512), ExpertShape(513, 2048, 128)):
+        for alignment in (64, 128):
+            assert trial(peer, shape, device, alignment) is None
+    w13, w2 = (torch.ones(s, device=device).to(torch.float8_e4m3fn) for s in ((8, 512, 1024), (8, 1024, 256)))
+    s13, s2 = torch.rand(8, 4, 8, device=device), torch.rand(8, 8, 2, device=device)
+    x = torch.randn(300, 1024, device=device, dtype=torch.bfloat16)
+    ids, router = torch.zeros(300, 2, dtype=torch.int32, device=device), torch.rand(300, 2, device=device)
+    plan = Plan(peer.name, 128, rows_for(300, 2, 8, 128))
+
+    def run() -> Tensor:
+        return fused_moe_by_peer(plan, x, w13, w2, router, ids, s13, s2)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for skipped in (0.0, 0.5, 1.0):
+        ids.copy_(torch.randint(0, 8, ids.shape, device=device))
+        ids[torch.rand(ids.shape, device=device) < skipped] = -1
+        graph.replay()
+        assert torch.equal(out, run())
+        for _ in range(100):
+            before = out.clone()
+            graph.replay()
+            assert torch.equal(out, before)

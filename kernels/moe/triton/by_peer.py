@@ -157,32 +157,35 @@ def _activated(plan: Plan, values: torch.Tensor, tiles: Tiles, num_pairs: int) -
 def fused_moe_by_peer(
     plan: Plan,
     x: torch.Tensor,
-    w13: Quantized,
-    w2: Quantized,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `kernels.moe.fused_moe`; the arguments are taken as checked, weights as FP8 blocks of 128x128.
 
     Sums between the products are rounded to bfloat16, whatever x's dtype is: that is what peers give.
     """
-    (tokens, top_k), num_experts = topk_ids.shape, w2[0].shape[0]
+    assert w13_scale is not None and w2_scale is not None
+    (tokens, top_k), num_experts = topk_ids.shape, w2.shape[0]
     function = OFFERS.found[plan.peer].function
     tiles = align(topk_ids, num_experts, plan.alignment)
     ends = torch.empty_like(tiles.counts)
     block = triton.next_power_of_2(num_experts)
     _ends_kernel[(1,)](tiles.counts, ends, num_experts, ALIGNMENT=plan.alignment, BLOCK_E=block, num_warps=4)
 
-    def product(rows: Quantized, weight: Quantized) -> torch.Tensor:
-        out = torch.empty((plan.rows, weight[0].shape[1]), dtype=torch.bfloat16, device=x.device)
-        function(PeerCall(*rows, *(part.contiguous() for part in weight), ends, plan.alignment, out))
+    def product(rows: Quantized, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((plan.rows, weight.shape[1]), dtype=torch.bfloat16, device=x.device)
+        function(PeerCall(*rows, weight.contiguous(), scale.contiguous(), ends, plan.alignment, out))
         return out
 
     rows, places = _copied(plan, x, tiles, top_k)
-    values = product(rows, w13)
+    values = product(rows, w13, w13_scale)
     del rows  # its memory is the next product's
     activated = _activated(plan, values, tiles, tokens * top_k)
     del values
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    weighted_sum(product(activated, w2), places, topk_weights, topk_ids, num_experts, out)
+    weighted_sum(product(activated, w2, w2_scale), places, topk_weights, topk_ids, num_experts, out)
     return out

@@ -244,8 +244,8 @@ def fused_moe(
     topk_weights, topk_ids = (t if t.stride(1) == 1 else t.contiguous() for t in (topk_weights, topk_ids))
     way = choose_way(tokens, top_k, x.element_size(), w13, w13_scale, quantize_activations, num_shared)
     config = way.config
-    if way.plan is not None and w13_scale is not None and w2_scale is not None:
-        return fused_moe_by_peer(way.plan, x, (w13, w13_scale), (w2, w2_scale), topk_weights, topk_ids)
+    if way.plan is not None:
+        return fused_moe_by_peer(way.plan, x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     if config is None:
         return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     tiles = align(topk_ids, num_experts, config.block_m)

@@ -28,10 +28,13 @@ from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, gdn_commit, peers
 from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.gemm import policy
+from qwen3next_plugin.kernels.moe import peer_table, ways
+from qwen3next_plugin.kernels.moe import peers as moe_peers
 from qwen3next_plugin.layers import GatedAttentionParts, GdnParts
 from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 from qwen3next_plugin.layers_integer import IntegerExperts, IntegerLinear
 from qwen3next_plugin.layers_moe import GatedMLP, SparseMoE
+from qwen3next_plugin.moe_peers import expert_shape
 from qwen3next_plugin.spec import IntegerFormat
 from qwen3next_plugin.warmup import Serving, warm_up
 from qwen3next_plugin.warmup_rows import SkippedRows
@@ -240,6 +243,12 @@ class Mixture:
         if kind == "fp8 slices":
             lent = dataclasses.replace(lent, size=4, rank=1, all_reduce=lambda x: x)
         self.layer: Any = SparseMoE(self.spec, lent, "model.layers.0.mlp")
+        if kind == "fp8 by peer":
+            shape = expert_shape(self.spec, lent)
+            assert shape is not None
+            moe_peers.OFFERS.offer(moe_peers.Peer("peer", lambda call: None))
+            moe_peers.OFFERS.tried.add(("peer", shape))
+            peer_table.RULES = (peer_table.Rule((0, 0), "peer", 20, 64, ""),)
         stored = self.FORMATS.get(kind)
         if stored is not None:
             self.layer.joined = False
@@ -300,7 +309,11 @@ def main(kind: str) -> None:
     driver.set_active(NamesTargetOnly())
     dispatch.prefer(dispatch.TRITON)
     os.environ["TRITON_INTERPRET"] = "1"  # only to be allowed kernels on this device: they were made for a compiler
-    with patch.object(JITFunction, "run", note), patch.object(policy, "has_fp8_units", lambda device: True):
+    with (
+        patch.object(JITFunction, "run", note),
+        patch.object(policy, "has_fp8_units", lambda device: True),
+        patch.object(ways, "has_fp8_units", lambda device: True),
+    ):
         warm_up(case.models(), Serving(BF16, torch.device("cpu"), MAX_TOKENS, 3, **case.serving()))
         warm = set(specializations)
         for tokens in STEPS:

@@ -10,6 +10,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch, offers
 from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.moe import config
+from qwen3next_plugin.kernels.moe import peers as moe_peers
 from qwen3next_plugin.rope_request import RopeShortcut
 from qwen3next_plugin.settings import Settings, read_settings, settings_help
 
@@ -64,26 +65,29 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
         settings.check_device("cpu")
 
 
-def test_prefill_by_an_engine_needs_a_gpu_and_its_kernels() -> None:
-    for value in ("fla", "flashinfer"):
-        settings = read_settings({"QWEN3NEXT_GDN_PREFILL": value})
+@pytest.mark.parametrize(
+    ("name", "values"), [("QWEN3NEXT_GDN_PREFILL", ("fla", "flashinfer")), ("QWEN3NEXT_MOE_PREFILL", ("deepgemm",))]
+)
+def test_prefill_by_an_engine_needs_a_gpu_and_its_kernels(name: str, values: tuple[str, ...]) -> None:
+    for value in values:
+        settings = read_settings({name: value})
         settings.check_device("cuda")
-        with pytest.raises(SettingsError, match=f"QWEN3NEXT_GDN_PREFILL is '{value}' on a CPU: use auto or own"):
+        with pytest.raises(SettingsError, match=f"{name} is '{value}' on a CPU: use auto or own"):
             settings.check_device("cpu")
-        with pytest.raises(SettingsError, match="beside QWEN3NEXT_KERNELS=reference: use auto or own"):
+        with pytest.raises(SettingsError, match=f"{name} is '{value}' beside QWEN3NEXT_KERNELS=reference: use auto or"):
             replace(settings, kernels="reference").check_device("cuda")
-    read_settings({"QWEN3NEXT_GDN_PREFILL": "own"}).check_device("cpu")
-    with pytest.raises(SettingsError, match="QWEN3NEXT_GDN_PREFILL is 'cuda': use one of auto, own, fla, flashinfer"):
-        read_settings({"QWEN3NEXT_GDN_PREFILL": "cuda"})
+    read_settings({name: "own"}).check_device("cpu")
+    with pytest.raises(SettingsError, match=f"{name} is 'cuda': use one of auto, own, {', '.join(values)}"):
+        read_settings({name: "cuda"})
 
 
 def test_the_kernels_are_told_who_prefills() -> None:
     try:
-        Settings(gdn_prefill="own").tell_kernels()
-        assert peers.OFFERS.wanted == offers.OWN
+        Settings(gdn_prefill="own", moe_prefill="deepgemm").tell_kernels()
+        assert (peers.OFFERS.wanted, moe_peers.OFFERS.wanted) == (offers.OWN, "deepgemm")
     finally:
         Settings().tell_kernels()
-    assert peers.OFFERS.wanted == offers.AUTO
+    assert peers.OFFERS.wanted == moe_peers.OFFERS.wanted == offers.AUTO
 
 
 def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +123,9 @@ def test_help_names_every_variable() -> None:
     lines = settings_help().splitlines()
     names = [
         f"QWEN3NEXT_{name}"
-        for name in ("PLUGIN", "KERNELS", "GDN_PREFILL", "ROPE", "MOE_CONFIGS", "WARMUP", "RECORD", "RECORD_EXPERTS")
+        for name in (
+            *("PLUGIN", "KERNELS", "GDN_PREFILL", "MOE_PREFILL", "ROPE", "MOE_CONFIGS", "WARMUP"),
+            *("RECORD", "RECORD_EXPERTS"),
+        )
     ]
     assert [line.split("=")[0] for line in lines] == names

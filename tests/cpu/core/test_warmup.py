@@ -15,7 +15,10 @@ from qwen3next_plugin.kernels.gemm import quantize_block
 from qwen3next_plugin.kernels.moe import config, ways
 from tests.helpers import output_of
 
-KINDS = ("gdn", "attention", "dense", "bf16", "fp8", "fp8 apart", "fp8 slices", "int4", "int8", "int8 activations")
+KINDS = (
+    *("gdn", "attention", "dense", "bf16", "fp8", "fp8 apart", "fp8 slices", "fp8 by peer"),
+    *("int4", "int8", "int8 activations"),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
