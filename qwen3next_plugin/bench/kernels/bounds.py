@@ -2,7 +2,9 @@
 
 from typing import Any
 
-OWN = ("own", "plugin")
+BY_PEER = {"deepgemm-64": 64, "deepgemm-128": 128}
+"""Ours with an engine's grouped product, and the height of its tiles."""
+OWN = ("own", "plugin", "kernels", *BY_PEER)
 
 
 def rounded(value: float) -> float:

@@ -1,7 +1,8 @@
 """The mixture of experts on one rank: routed experts alone, and with the shared expert as one more of them.
 
 The plugin runs the second; an engine that keeps the shared expert apart is compared with the first. Routing is in
-neither. Weights are `qwen3next tune moe`'s.
+neither. Weights are `qwen3next tune moe`'s. Where an engine's grouped product was tried, further series run it with
+tiles of either height, and where the plugin would choose it, the plugin's own kernels.
 """
 
 import math
@@ -15,13 +16,19 @@ from torch import Tensor
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels import moe
 from qwen3next_plugin.kernels.gpus import KNOWN
-from qwen3next_plugin.kernels.moe import reference
+from qwen3next_plugin.kernels.moe import peer_table, reference
 from qwen3next_plugin.kernels.moe.config import config_object
-from qwen3next_plugin.kernels.moe.ways import choose_way, rounds
+from qwen3next_plugin.kernels.moe.peer_deepgemm import NAME
+from qwen3next_plugin.kernels.moe.peers import OFFERS, ExpertShape, Plan, rows_for, try_offers
+from qwen3next_plugin.kernels.moe.ways import Way, choose_way, rounds
+from qwen3next_plugin.kernels.offers import OWN
 from qwen3next_plugin.tune.cuda import CudaMachine, layers_that_fit
 from qwen3next_plugin.tune.problem import Problem, problem_of
+from qwen3next_plugin.weights_layout import FP8_BLOCK
 
+from .bounds import BY_PEER
 from .cases import Case
+from .peers import named
 from .work import Engine, Normal, Prepared, Work, copies_of
 
 ROUTED, JOINED = "routed", "joined"
@@ -85,7 +92,12 @@ class MoeBuilder:
             logits = normal(tokens, routed.total_experts, dtype=torch.float32)
             weights, ids = moe.route(logits, top_k, True, x, gate)
             copies.append(MoeInputs(x, w13, w2, s13, s2, weights, ids))
-        own = {"own": ROUTED, "plugin": JOINED}
+        _offer(engine, case, copies[0])
+        own = {
+            name: Prepared([partial(_run, one.arguments(does), does) for one in copies], does)
+            for name, does in (("own", ROUTED), ("plugin", JOINED))
+        }
+        own |= _by_peer(copies)
         pairs = tokens * (top_k + 1)
         touched = [len(one.ids.unique()) for one in copies]
         return Work(
@@ -96,10 +108,7 @@ class MoeBuilder:
             flops=pairs * 6 * hidden * routed.inner,
             products="fp8" if case.variant == "fp8" and _rounds(copies[0], JOINED) else "bf16",
             inputs=copies,
-            own={
-                name: Prepared([partial(_run, one.arguments(does), does) for one in copies], does)
-                for name, does in own.items()
-            },
+            own=own,
             expected={does: partial(_expected, copies[0], does) for does in (ROUTED, JOINED)},
             subset=lambda out: out[_checked(out.shape[0], out.device)],
             share_of="plugin",
@@ -114,6 +123,50 @@ def _rounds(one: MoeInputs, does: str) -> bool:
 
 def _run(arguments: tuple[Any, ...], does: str) -> Tensor:
     return moe.fused_moe(*arguments, num_shared=int(does == JOINED))
+
+
+def _run_own(arguments: tuple[Any, ...], does: str) -> Tensor:
+    with OFFERS.preferring(OWN):
+        return _run(arguments, does)
+
+
+def _offer(engine: Engine, case: Case, one: MoeInputs) -> None:
+    """Has the engine's grouped product tried, as at its start, where it takes these weights."""
+    shape = _shape(one)
+    if not one.x.is_cuda or one.s13 is None or case.tokens < peer_table.MIN_TOKENS or shape.inner % FP8_BLOCK:
+        return
+    if shape not in OFFERS.shapes_of(NAME) and NAME not in OFFERS.missing:
+        adapter = f"qwen3next_plugin.{engine}_integration.moe_peers"
+        if NAME not in OFFERS.found:
+            OFFERS.look_for(NAME, named(f"{adapter}:load_deepgemm"), f"not in this {engine}")
+        try_offers(shape, one.x.device)
+
+
+def _shape(one: MoeInputs) -> ExpertShape:
+    return ExpertShape(one.w13.shape[0], one.x.shape[1], one.w2.shape[2])
+
+
+def _by_peer(copies: list[MoeInputs]) -> dict[str, Prepared]:
+    """Series of the grouped product and, where the plugin runs it, of what it would run without."""
+    (tokens, choices), shape = copies[0].ids.shape, _shape(copies[0])
+    found: dict[str, Prepared] = {}
+    if copies[0].s13 is None or tokens < peer_table.MIN_TOKENS or shape not in OFFERS.shapes_of(NAME):
+        return found
+    from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
+
+    for name, alignment in BY_PEER.items():
+        plan = Plan(NAME, alignment, rows_for(tokens, choices, shape.experts, alignment))
+        found[name] = Prepared([partial(fused_moe_by_peer, plan, *one.arguments(JOINED)) for one in copies], JOINED)
+    if _way(copies[0]).plan is not None:
+        found["kernels"] = Prepared([partial(_run_own, one.arguments(JOINED), JOINED) for one in copies], JOINED)
+    return found
+
+
+def _way(one: MoeInputs) -> Way:
+    """How our kernels go through all experts."""
+    return choose_way(
+        *(one.x.shape[0], one.ids.shape[1], one.x.element_size(), one.w13, one.s13, _rounds(one, JOINED)), num_shared=1
+    )
 
 
 def _checked(tokens: int, device: torch.device) -> Tensor:
@@ -131,12 +184,16 @@ def _expected(one: MoeInputs, does: str) -> Tensor:
 
 def _facts(one: MoeInputs, useful: int, pair: int) -> dict[str, Any]:
     """What our kernels do with it: the tiles, and the products that padding adds."""
-    _, w13, _, _, ids, s13, _ = one.arguments(JOINED)
-    rounded = _rounds(one, JOINED)
-    facts: dict[str, Any] = {"useful_flops": useful, "experts_touched": len(ids.unique())}
-    config = choose_way(one.x.shape[0], ids.shape[1], one.x.element_size(), w13, s13, rounded, num_shared=1).config
-    if config is None:
+    facts: dict[str, Any] = {"useful_flops": useful, "experts_touched": len(one.ids.unique())}
+    if OFFERS.missing:
+        facts["missing"] = dict(OFFERS.missing)
+    way = _way(one)
+    if way.plan is not None:
+        height, config = way.plan.alignment, way.plan._asdict()
+    elif way.config is not None:
+        height, config = way.config.block_m, config_object(way.config)
+    else:
         return facts | {"padded_flops": useful, "config": "few tokens: no tiles"}
-    rows = torch.bincount(ids.flatten(), minlength=w13.shape[0]).tolist()
-    padded = sum(math.ceil(count / config.block_m) * config.block_m for count in rows)
-    return facts | {"padded_flops": padded * pair, "config": config_object(config)}
+    rows = torch.bincount(one.ids.flatten(), minlength=one.w13.shape[0]).tolist()
+    padded = sum(math.ceil(count / height) * height for count in rows)
+    return facts | {"padded_flops": padded * pair, "config": config}

@@ -37,7 +37,8 @@ class Work:
 
     text: what is done, in words; bytes, flops, products: the least that has to be moved and computed, and in which
     type; inputs, about: what adapters of other implementations need; own: this project's, "own" and, where the model
-    runs something else inside this engine, "plugin"; engine_runs: the model runs the engine's own here;
+    runs something else inside this engine, "plugin" (`bounds.OWN` has names of variants); engine_runs: the model runs
+    the engine's own here;
     share_of: which of `own` the bytes and products are of; expected: the
     outputs of the first copy in float64 (float32 where that is too large), by what is done; subset: the part of an
     output that is compared; restore: puts the first copy's inputs back.

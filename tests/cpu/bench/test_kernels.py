@@ -3,13 +3,16 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qwen3next_plugin.bench.kernels import measure
+from qwen3next_plugin.bench.kernels import measure, moe_work
+from qwen3next_plugin.bench.kernels.bounds import BY_PEER
 from qwen3next_plugin.bench.kernels.cases import KERNEL_CASES, MOE_CASES, parse_case, parse_cases
 from qwen3next_plugin.bench.kernels.measure import GpuLostError, Run
 from qwen3next_plugin.bench.kernels.moe_work import JOINED, MoeBuilder
@@ -21,6 +24,10 @@ from qwen3next_plugin.bench.kernels.work import Call, Engine, Prepared, Work
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels.moe import peer_table, ways
+from qwen3next_plugin.kernels.moe import peers as moe_peers
+from tests.kernels.moe_peer_case import FakeDeepGemm, empty_registry, rule
 
 SPEC = parse_config(config_of("tiny", fp8=True))
 CPU = torch.device("cpu")
@@ -217,3 +224,58 @@ def test_adapters_import_no_engine_before_they_are_asked() -> None:
     )
     text += "\nassert not {'vllm', 'sglang', 'flashinfer'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", text], check=True)
+
+
+def test_where_an_engine_would_run_the_products_our_own_are_measured_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(dispatch, "_preferred", "triton")
+    moe = replace(SPEC.moe, intermediate_size=128, shared_intermediate_size=128)
+    spec = replace(SPEC, hidden_size=256, moe=moe)
+    fake, build = FakeDeepGemm(), MoeBuilder(spec, CPU)
+    shape = moe_peers.ExpertShape(moe.num_experts + 1, 256, 128)
+    with empty_registry(rule(20)):
+        moe_peers.OFFERS.offer(fake.peer())
+        moe_peers.OFFERS.tried.add(("deepgemm", shape))
+        monkeypatch.setattr(peer_table, "MIN_TOKENS", 10)
+        for tokens, further in ((9, set()), (19, set(BY_PEER))):
+            work = build(parse_case("moe", f"moe-fp8-tp1-m{tokens}"), spec, "vllm", CPU)
+            assert set(work.own) == {"own", "plugin"} | further
+        work = build(parse_case("moe", "moe-fp8-tp1-m20"), spec, "vllm", CPU)
+        rows = moe_peers.rows_for(20, moe.top_k + 1, shape.experts, 16)
+        assert work.facts["config"] == {"peer": "deepgemm", "alignment": 16, "rows": rows}
+        calls = {}
+        for name, prepared in work.own.items():
+            fake.rows.clear()
+            assert work.error(prepared) < 0.02
+            calls[name] = len(fake.rows)
+        assert calls == {"own": 0, "plugin": 2, "kernels": 0, "deepgemm-64": 2, "deepgemm-128": 2}
+
+
+def test_an_engines_products_are_tried_once_a_shape_that_they_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[moe_peers.ExpertShape] = []
+
+    def offer(tokens: int, inner: int) -> None:
+        tensors = {"w13": torch.empty(9, 2 * inner, 256), "w2": torch.empty(9, 256, inner), "s13": torch.empty(0)}
+        one: Any = SimpleNamespace(x=SimpleNamespace(is_cuda=True, shape=(tokens, 256), device=CPU), **tensors)
+        moe_work._offer("vllm", parse_case("moe", f"moe-fp8-tp1-m{tokens}"), one)
+
+    def note(shape: moe_peers.ExpertShape, device: torch.device) -> None:
+        tried.append(shape)
+        moe_peers.OFFERS.tried.add(("deepgemm", shape))
+
+    asked: list[str] = []
+
+    def named(path: str) -> Callable[[], moe_peers.Peer]:
+        asked.append(path)
+        return FakeDeepGemm().peer
+
+    monkeypatch.setattr(moe_work, "named", named)
+    monkeypatch.setattr(moe_work, "try_offers", note)
+    monkeypatch.setattr(peer_table, "MIN_TOKENS", 20)
+    with empty_registry(rule()):
+        for tokens, inner in ((19, 128), (20, 64), (20, 128), (64, 128), (20, 256)):
+            offer(tokens, inner)
+    assert tried == [moe_peers.ExpertShape(9, 256, 128), moe_peers.ExpertShape(9, 256, 256)]
+    assert asked == ["qwen3next_plugin.vllm_integration.moe_peers:load_deepgemm"]
