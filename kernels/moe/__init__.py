@@ -100,7 +100,8 @@ def fused_moe(
     topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism).
     quantize_activations rounds the inputs of both products: to FP8 by 1x128 groups (FP8 weights), or to INT8 by tokens
     (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks wherever pairs are sorted on a GPU with
-    FP8 units (`ways.rounds`), else they are kept. num_shared says how many of the experts, the last ones, take every
+    FP8 units (`ways.rounds`), else they are kept. With many tokens an engine's grouped product may stand in for ours
+    (`peers`), which then gets them rounded through bfloat16. num_shared says how many of the experts, the last ones, take every
     token as its last choices: tiles are chosen by what is left. Each token's experts are summed in a fixed order: equal
     inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not
     fit.

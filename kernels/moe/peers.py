@@ -103,14 +103,15 @@ def try_offers(shape: ExpertShape, device: torch.device) -> None:
     """
     from .peer_trial import trial
 
-    alignments = {rule.peer: rule.alignment for rule in _rules(device)}
-    for peer in OFFERS.candidates(_rules(device)):
-        if peer.name not in alignments:
+    rules = _rules(device)
+    for peer in OFFERS.candidates(rules):
+        alignments = sorted({rule.alignment for rule in rules if rule.peer == peer.name})
+        if not alignments:
             problem: str | None = "not for GPUs of compute capability {}.{}".format(*capability_of(device))
         elif shape.hidden % GROUP or shape.inner % GROUP:
-            problem = f"not for experts of {shape.inner} columns: FP8 blocks have {GROUP}"
+            problem = f"not for matrices of {shape.inner} and {shape.hidden} columns: FP8 blocks have {GROUP}"
         else:
-            problem = trial(peer, shape, device, alignments[peer.name])
+            problem = next(filter(None, (trial(peer, shape, device, height) for height in alignments)), None)
         if problem is None:
             OFFERS.tried.add((peer.name, shape))
         else:

@@ -169,12 +169,27 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "why"), [(ExpertShape(4, 256, 64), "experts of 64 columns"), (ExpertShape(4, 192, 128), "FP8 blocks")]
+    ("shape", "why"), [(ExpertShape(4, 256, 64), "64 and 256"), (ExpertShape(4, 192, 128), "128 and 192")]
 )
 def test_an_offer_for_other_blocks_is_not_tried(shape: ExpertShape, why: str) -> None:
-    peers.OFFERS.offer(FakeDeepGemm().peer())
+    fake = FakeDeepGemm()
+    peers.OFFERS.offer(fake.peer())
     peers.try_offers(shape, torch.device("cpu"))
-    assert why in peers.OFFERS.missing["deepgemm"]
+    assert peers.OFFERS.missing == {"deepgemm": f"not for matrices of {why} columns: FP8 blocks have 128"}
+    assert not fake.rows
+
+
+def test_tiles_of_every_height_in_the_table_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_table, "RULES", (rule(40, 64), rule(20, 16)))
+
+    def only_low(call: peers.PeerCall) -> None:
+        if call.alignment > 16:
+            raise RuntimeError("too high")
+        FakeDeepGemm().peer().function(call)
+
+    peers.OFFERS.offer(Peer("deepgemm", only_low))
+    peers.try_offers(SHAPE, torch.device("cpu"))
+    assert peers.OFFERS.missing == {"deepgemm": "RuntimeError: too high"} and plan(20) is None
 
 
 def test_a_wish_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
