@@ -21,7 +21,7 @@ from torch import nn
 
 from .kernels import compilations
 from .kernels.dispatch import TRITON, choose
-from .kernels.gdn import PackedRows
+from .kernels.gdn import Convolution, PackedRows
 from .kernels.gdn.peers import launch_around_peers
 from .kernels.gdn.step import PrefillRows, gdn_step
 from .kernels.gemm import FP8, MAX_ROWS, block_fp8_matmul, quantize_tokens, quantized_matmul
@@ -186,10 +186,12 @@ def _(module: GdnParts, serving: Serving) -> None:
             out = serving.zeros(tokens, module.num_v_heads, module.head_v_dim)
             gdn_step(qkvz, *gates, module.core_parameters(), *states, out, **rows)
         if "prefill" in rows:
-            _around_peers(module, states[1], rows["prefill"], serving)
+            _around_peers(module, states, rows["prefill"], serving)
 
 
-def _around_peers(module: GdnParts, ssm_state: torch.Tensor, rows: PrefillRows, serving: Serving) -> None:
+def _around_peers(
+    module: GdnParts, states: tuple[torch.Tensor, torch.Tensor], rows: PrefillRows, serving: Serving
+) -> None:
     """What lies around an engine's own prefill function, if one was tried."""
     lengths = [1] * rows.state_slots.shape[0]
     qkv = serving.zeros(len(lengths), module.conv_dim)
@@ -201,7 +203,7 @@ def _around_peers(module: GdnParts, ssm_state: torch.Tensor, rows: PrefillRows, 
         PackedRows.of(lengths, serving.device),
         qkv,
         (a, b, module.A_log, module.dt_bias),
-        ssm_state,
+        states[1],
         module.num_k_heads,
         rows.query_start,
         rows.query_end,
@@ -210,6 +212,7 @@ def _around_peers(module: GdnParts, ssm_state: torch.Tensor, rows: PrefillRows, 
         rows.has_initial_state,
         serving.zeros(len(lengths), module.num_v_heads, module.head_v_dim),
         snapshot,
+        Convolution(module.core_parameters().conv_weight, states[0]),
     )
 
 

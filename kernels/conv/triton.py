@@ -6,11 +6,12 @@ from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 
-BLOCK_T = 16
+CHUNK = 32  # tokens of a row that a program takes one after the other
 # The state is shifted in place. That is safe because every channel's columns are read and written by one thread, which
 # holds as long as a block has at least one channel a thread.
 NUM_WARPS = 4
 BLOCK_D = 32 * NUM_WARPS
+PER_THREAD = 8  # channels of a prefill
 
 
 @triton.jit
@@ -48,18 +49,33 @@ def store_window(
         tl.store(target + column * target_column, last.to(target.dtype.element_ty), mask=in_dim)
 
 
+@triton.jit
+def earlier(at, window, back: tl.constexpr, first, history, token_stride, window_column, WIDTH: tl.constexpr):
+    """What came `back` tokens before a chunk that begins at `at`, in float32.
+
+    `first`: the chunk's first token's number in its row; `history`: the same, of rows that have one; -1 where nothing
+    is to be read. Chunks are longer than windows, so only a row's first one reaches back into its history.
+    """
+    if back >= WIDTH:
+        return tl.zeros(at.shape, tl.float32)
+    value = tl.load(at - back * token_stride, mask=first >= back, other=0.0).to(tl.float32)
+    reaches = (history >= 0) & (history < back)
+    return value + tl.load(window + (WIDTH - 1 - back) * window_column, mask=reaches, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def tap(weight, tap_stride, back: tl.constexpr, mask, WIDTH: tl.constexpr):
+    """What the input `back` tokens ago is multiplied by, in float32."""
+    if back >= WIDTH:
+        return tl.zeros(weight.shape, tl.float32)
+    return tl.load(weight + (WIDTH - 1 - back) * tap_stride, mask=mask, other=0.0).to(tl.float32)
+
+
 # What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
 # a new batch never compiles anything.
 @triton.jit(
     do_not_specialize=["num_rows", "slots_stride"],
-    do_not_specialize_on_alignment=[
-        "query_start",
-        "query_end",
-        "slots",
-        "has_initial_state",
-        "snapshot_positions",
-        "snapshot_slots",
-    ],
+    do_not_specialize_on_alignment=["query_start", "query_end", "slots", "has_initial_state"],
 )
 def _prefill_kernel(
     x,
@@ -71,8 +87,6 @@ def _prefill_kernel(
     query_end,
     slots,
     has_initial_state,
-    snapshot_positions,
-    snapshot_slots,
     num_rows,
     dim,
     x_token,
@@ -87,85 +101,151 @@ def _prefill_kernel(
     slots_stride,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_SNAPSHOT: tl.constexpr,
     SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
+    """Each input is loaded once, while the two before it are worked on, and stays in registers as long as it counts."""
     row, chunk = locate_chunk(
-        tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, BLOCK_T, BLOCK_ROWS
+        tl.program_id(0), query_start, query_end, slots, slots_stride, num_rows, CHUNK, BLOCK_ROWS
     )
     if row < 0:
         return
     start = tl.load(query_start + row).to(tl.int64)
     length = tl.load(query_end + row).to(tl.int64) - start
     slot = tl.load(slots + row * slots_stride).to(tl.int64)
-    has_history = tl.load(has_initial_state + row) != 0
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_dim = d < dim
-    x_row = x + start * x_token + d * x_dim
-    state_row = state + slot * state_slot + d * state_dim
-    t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
-
-    y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    mask = d < dim
+    first = chunk * CHUNK
+    number = tl.where(mask, first, -1)
+    history = tl.where(tl.load(has_initial_state + row) != 0, number, -1)
+    at = x + (start + first) * x_token + d * x_dim
+    window = state + slot * state_slot + d * state_dim
+    w = weight + d * weight_dim
+    offset = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias + d, mask=in_dim, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(WIDTH):
-        w = tl.load(weight + d * weight_dim + tap * weight_tap, mask=in_dim, other=0.0).to(tl.float32)
-        source = (t + (tap - (WIDTH - 1))).to(tl.int64)
-        inside = (source >= 0) & (source < length)
-        value = tl.load(x_row[None, :] + source[:, None] * x_token, mask=inside[:, None] & in_dim[None, :], other=0.0)
-        y += value.to(tl.float32) * w[None, :]
-    if (chunk == 0) & has_history:
-        for tap in tl.static_range(WIDTH - 1):
-            w = tl.load(weight + d * weight_dim + tap * weight_tap, mask=in_dim, other=0.0).to(tl.float32)
-            column = (t + tap).to(tl.int64)
-            before = column < WIDTH - 1
-            kept = tl.load(
-                state_row[None, :] + column[:, None] * state_column, mask=before[:, None] & in_dim[None, :], other=0.0
-            )
-            y += kept.to(tl.float32) * w[None, :]
-    y = _activate(y, SILU)
-    tl.store(
-        out + (start + t)[:, None] * out_token + d[None, :] * out_dim,
-        y.to(out.dtype.element_ty),
-        mask=(t < length)[:, None] & in_dim[None, :],
-    )
+        offset = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+    w0 = tap(w, weight_tap, 0, mask, WIDTH)
+    w1 = tap(w, weight_tap, 1, mask, WIDTH)
+    w2 = tap(w, weight_tap, 2, mask, WIDTH)
+    w3 = tap(w, weight_tap, 3, mask, WIDTH)
+    w4 = tap(w, weight_tap, 4, mask, WIDTH)
+    w5 = tap(w, weight_tap, 5, mask, WIDTH)
+    w6 = tap(w, weight_tap, 6, mask, WIDTH)
+    w7 = tap(w, weight_tap, 7, mask, WIDTH)
+    x1 = earlier(at, window, 1, number, history, x_token, state_column, WIDTH)
+    x2 = earlier(at, window, 2, number, history, x_token, state_column, WIDTH)
+    x3 = earlier(at, window, 3, number, history, x_token, state_column, WIDTH)
+    x4 = earlier(at, window, 4, number, history, x_token, state_column, WIDTH)
+    x5 = earlier(at, window, 5, number, history, x_token, state_column, WIDTH)
+    x6 = earlier(at, window, 6, number, history, x_token, state_column, WIDTH)
+    x7 = earlier(at, window, 7, number, history, x_token, state_column, WIDTH)
+    count = tl.minimum(length - first, CHUNK).to(tl.int32)
+    left = tl.where(mask, count, 0)
+    to = out + (start + first) * out_token + d * out_dim
+    new = tl.load(at, mask=mask, other=0.0)
+    then = tl.load(at + x_token, mask=left > 1, other=0.0)
+    for i in range(count):
+        coming = tl.load(at + (i + 2) * x_token, mask=i + 2 < left, other=0.0)
+        x0 = new.to(tl.float32)
+        y = offset + w1 * x1 + w0 * x0
+        if WIDTH > 2:
+            y += w2 * x2
+        if WIDTH > 3:
+            y += w3 * x3
+        if WIDTH > 4:
+            y += w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
+            x7, x6, x5, x4 = x6, x5, x4, x3
+        tl.store(to + i * out_token, _activate(y, SILU).to(out.dtype.element_ty), mask=mask)
+        x3, x2, x1 = x2, x1, x0
+        new, then = then, coming
 
-    if chunk == 0:  # alone reads the history, and so may overwrite it
-        tl.debug_barrier()
-        if HAS_SNAPSHOT:
-            taken = tl.load(snapshot_positions + row).to(tl.int64)
-            target = tl.load(snapshot_slots + row).to(tl.int64)
-            if (target >= 0) & (taken > 0) & (taken <= length):
-                snapshot_row = state + target * state_slot + d * state_dim
-                store_window(
-                    snapshot_row,
-                    state_column,
-                    state_row,
-                    state_column,
-                    has_history,
-                    x_row,
-                    x_token,
-                    taken,
-                    in_dim,
-                    WIDTH,
-                    BLOCK_D,
-                )
-        store_window(
-            state_row,
-            state_column,
-            state_row,
-            state_column,
-            has_history,
-            x_row,
-            x_token,
-            length,
-            in_dim,
-            WIDTH,
-            BLOCK_D,
-        )
+
+@triton.jit(
+    do_not_specialize=["slots_stride"],
+    do_not_specialize_on_alignment=[
+        "query_start",
+        "query_end",
+        "slots",
+        "has_initial_state",
+        "snapshot_positions",
+        "snapshot_slots",
+    ],
+)
+def _windows_kernel(
+    x,
+    state,
+    query_start,
+    query_end,
+    slots,
+    has_initial_state,
+    snapshot_positions,
+    snapshot_slots,
+    dim,
+    x_token,
+    x_dim,
+    state_slot,
+    state_dim,
+    state_column,
+    slots_stride,
+    WIDTH: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A launch of its own, when all that a row's first tokens need of its old window has been read."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(query_start + row).to(tl.int64)
+    length = tl.load(query_end + row).to(tl.int64) - start
+    slot = tl.load(slots + row * slots_stride).to(tl.int64)
+    if (slot < 0) | (length <= 0):
+        return
+    has = tl.load(has_initial_state + row) != 0
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = d < dim
+    x_row = x + start * x_token + d * x_dim
+    window = state + slot * state_slot + d * state_dim
+    if HAS_SNAPSHOT:
+        taken = tl.load(snapshot_positions + row).to(tl.int64)
+        target = tl.load(snapshot_slots + row).to(tl.int64)
+        if (target >= 0) & (taken > 0) & (taken <= length):
+            kept = state + target * state_slot + d * state_dim
+            store_window(
+                kept, state_column, window, state_column, has, x_row, x_token, taken, mask, WIDTH, BLOCK_D
+            )  # fmt: skip
+    store_window(window, state_column, window, state_column, has, x_row, x_token, length, mask, WIDTH, BLOCK_D)
+
+
+def move_windows(
+    x: Tensor,
+    width: int,
+    conv_state: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    snapshot: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Leave each row's last W - 1 inputs, those of ``x [T, D]`` and before them its history, in its slot, and those up
+    to a snapshot's position in that one's; skipped and empty rows have none. For after the convolution of all of them.
+    """
+    _windows_kernel[(query_start.shape[0], triton.cdiv(x.shape[1], BLOCK_D))](
+        x,
+        conv_state,
+        query_start,
+        query_end,
+        state_slots,
+        has_initial_state,
+        *(snapshot or (query_start, query_start)),
+        x.shape[1],
+        *x.stride(),
+        *conv_state.stride(),
+        state_slots.stride(0),
+        WIDTH=width,
+        HAS_SNAPSHOT=snapshot is not None,
+        BLOCK_D=BLOCK_D,
+        num_warps=NUM_WARPS,
+    )
 
 
 def causal_conv1d_prefill(
@@ -184,7 +264,8 @@ def causal_conv1d_prefill(
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_prefill`; arguments are checked there."""
     tokens, dim = x.shape
     rows = query_start.shape[0]
-    _prefill_kernel[(max_chunks(tokens, rows, BLOCK_T), triton.cdiv(dim, BLOCK_D))](
+    block_d = min(triton.next_power_of_2(dim), 32 * NUM_WARPS * PER_THREAD)
+    _prefill_kernel[(max_chunks(tokens, rows, CHUNK), triton.cdiv(dim, block_d))](
         x,
         weight,
         weight if bias is None else bias.contiguous(),
@@ -194,7 +275,6 @@ def causal_conv1d_prefill(
         query_end,
         state_slots,
         has_initial_state,
-        *(snapshot or (query_start, query_start)),
         rows,
         dim,
         *x.stride(),
@@ -204,13 +284,14 @@ def causal_conv1d_prefill(
         state_slots.stride(0),
         WIDTH=weight.shape[1],
         HAS_BIAS=bias is not None,
-        HAS_SNAPSHOT=snapshot is not None,
         SILU=activation == "silu",
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
+        CHUNK=CHUNK,
+        BLOCK_D=block_d,
         BLOCK_ROWS=BLOCK_ROWS,
         num_warps=NUM_WARPS,
     )
+    rows_and_slots = (query_start, query_end, state_slots, has_initial_state)
+    move_windows(x, weight.shape[1], conv_state, *rows_and_slots, snapshot)
 
 
 @triton.jit(

@@ -16,11 +16,14 @@ drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states o
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..checks import check_optional
+from ..conv import causal_conv1d_prefill
 from ..dispatch import TRITON, Choice, choose, declare
 from . import reference
+from .convolution import FUSED_WIDTH, Convolution
 from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
 from .packed import PackedRows
@@ -38,6 +41,7 @@ from .validation import (
 
 __all__ = [
     "SNAPSHOT_GRID",
+    "Convolution",
     "DraftRecords",
     "PackedRows",
     "gdn_commit",
@@ -71,6 +75,7 @@ def gdn_prefill(
     snapshot_positions: Tensor | None = None,
     snapshot_slots: Tensor | None = None,
     packed: PackedRows | None = None,
+    convolution: Convolution | None = None,
     backend: str | None = None,
 ) -> None:
     """Run whole token ranges through the delta rule in chunks and leave the final state in each row's slot, in place.
@@ -103,22 +108,38 @@ def gdn_prefill(
     chosen = choose(mixed_qkv, backend)
     if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
         return
-    run = reference.gdn_prefill
-    if chosen == TRITON:
-        from . import triton_prefill
-
-        run = triton_prefill.gdn_prefill
-        if packed is not None:
-            check_packed(packed, rows, mixed_qkv)
-            _, v_heads, value_dim, key_dim = ssm_state.shape
-            shape = HeadShape(num_k_heads, v_heads, key_dim, value_dim, mixed_qkv.dtype)
-            peer = choose_peer(shape, packed, mixed_qkv.device, snapshot is not None)
-            if peer is not None:
-                run = partial(run_peer, peer, packed)
-    gates = (a, b, A_log, dt_bias)
+    peer = None
+    if chosen == TRITON and packed is not None:
+        check_packed(packed, rows, mixed_qkv)
+        _, v_heads, value_dim, key_dim = ssm_state.shape
+        shape = HeadShape(num_k_heads, v_heads, key_dim, value_dim, mixed_qkv.dtype)
+        peer = choose_peer(shape, packed, mixed_qkv.device, snapshot is not None)
+    if convolution is not None and (peer is None or convolution.width > FUSED_WIDTH):
+        inputs, mixed_qkv = mixed_qkv, torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        causal_conv1d_prefill(
+            inputs,
+            convolution.weight,
+            None,
+            convolution.state,
+            query_start=query_start,
+            query_end=query_end,
+            state_slots=state_slots,
+            has_initial_state=has_initial_state,
+            out=mixed_qkv,
+            snapshot_positions=snapshot_positions,
+            snapshot_slots=snapshot_slots,
+            backend=backend,
+        )
+        convolution = None
+    if peer is not None:
+        run = partial(run_peer, peer, packed, convolution=convolution)
+    elif chosen == TRITON:
+        from .triton_prefill import gdn_prefill as run
+    else:
+        run = reference.gdn_prefill
     run(
         mixed_qkv,
-        gates,
+        (a, b, A_log, dt_bias),
         ssm_state,
         num_k_heads,
         query_start,

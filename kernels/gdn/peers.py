@@ -17,6 +17,7 @@ from ..dispatch import Choice
 from ..gpus import Target
 from ..offers import AUTO, OWN, Offers, capability_of
 from . import peer_table
+from .convolution import Convolution
 from .packed import PackedRows
 from .reference import Gates
 
@@ -106,25 +107,28 @@ def run_peer(
     has_initial_state: Tensor,
     out: Tensor,
     snapshot: tuple[Tensor, Tensor] | None,
+    convolution: Convolution | None = None,
 ) -> None:
     """A prefill by ``peer``; arguments as for :func:`.gdn_prefill`, where they are checked.
 
     Tokens of skipped rows (negative slot) that lie between the others get zeros.
     """
     from . import triton_peers
+    from .triton_split import split
 
-    value_dim, key_dim = ssm_state.shape[2:]
     ranges = (query_start, query_end)
-    parts = triton_peers.split(
+    parts = split(
         mixed_qkv,
+        convolution,
         gates,
         num_k_heads,
-        (key_dim, value_dim),
+        peer.head_dim,
         packed,
         *ranges,
-        max_query_len,
         state_slots,
+        has_initial_state,
         peer.log_decay,
+        snapshot,
     )
     state = triton_peers.collect(ssm_state, state_slots, has_initial_state)
     window = out[packed.first : packed.first + packed.tokens]
@@ -174,6 +178,7 @@ def launch_around_peers(
     has_initial_state: Tensor,
     out: Tensor,
     snapshot: tuple[Tensor, Tensor] | None,
+    convolution: Convolution | None = None,
 ) -> None:
     """What :func:`run_peer` launches before and after each offer that may run such a prefill, without the offer.
 
@@ -197,6 +202,7 @@ def launch_around_peers(
                 has_initial_state,
                 out,
                 snapshot,
+                convolution,
             )
 
 

@@ -11,9 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ..conv import causal_conv1d_prefill, causal_conv1d_update
+from ..conv import causal_conv1d_update
 from ..norm import rms_norm_gated
-from . import DraftRecords, PackedRows, gdn_decode, gdn_decode_fused, gdn_prefill, gdn_verify, gdn_verify_fused
+from . import (
+    Convolution,
+    DraftRecords,
+    PackedRows,
+    gdn_decode,
+    gdn_decode_fused,
+    gdn_prefill,
+    gdn_verify,
+    gdn_verify_fused,
+)
 
 
 @dataclass(frozen=True)
@@ -139,24 +148,10 @@ def gdn_step(
         )
         return
     out.zero_()
-    convolved = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     gates = (a, b, params.A_log, params.dt_bias)
     if prefill is not None:
-        causal_conv1d_prefill(
-            mixed_qkv,
-            params.conv_weight,
-            None,
-            conv_state,
-            has_initial_state=prefill.has_initial_state,
-            out=convolved,
-            query_start=prefill.query_start,
-            query_end=prefill.query_end,
-            state_slots=prefill.state_slots,
-            snapshot_positions=prefill.snapshot_positions,
-            snapshot_slots=prefill.snapshot_slots,
-        )
         gdn_prefill(
-            convolved,
+            mixed_qkv,
             *gates,
             ssm_state,
             num_k_heads=params.num_k_heads,
@@ -169,8 +164,10 @@ def gdn_step(
             snapshot_positions=prefill.snapshot_positions,
             snapshot_slots=prefill.snapshot_slots,
             packed=prefill.packed,
+            convolution=Convolution(params.conv_weight, conv_state),
         )
     if recurrent is not None:
+        convolved = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
         causal_conv1d_update(
             mixed_qkv,
             params.conv_weight,

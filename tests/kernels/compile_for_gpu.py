@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import conv, gdn
 from qwen3next_plugin.kernels.gdn import triton_peers
+from qwen3next_plugin.kernels.gdn.triton_split import split
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
@@ -98,7 +99,7 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     shared = {"num_k_heads": k_heads, "out": tensor(tokens, v_heads, value_dim)}
     gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, max_query_len=tokens)
     gdn.gdn_prefill(*arguments, ssm_state, **shared, **prefill, **kept, max_query_len=tokens)
-    launch_around_a_peer(arguments, ssm_state, k_heads, prefill, kept, tokens)
+    launch_around_a_peer(arguments, gdn.Convolution(weight, conv_state), ssm_state, k_heads, prefill, kept, tokens)
     gdn.gdn_decode(*arguments, ssm_state, **shared, **rows, state_slots=slots[:, 0])
     one = rows | {"state_slots": slots[:, 0], "snapshot_slots": kept["snapshot_slots"]}
     gdn.gdn_decode(*arguments, ssm_state, **shared, **one)
@@ -127,6 +128,7 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
 
 def launch_around_a_peer(
     arguments: tuple[Tensor, ...],
+    convolution: gdn.Convolution,
     ssm_state: Tensor,
     k_heads: int,
     prefill: dict[str, Tensor],
@@ -135,13 +137,15 @@ def launch_around_a_peer(
 ) -> None:
     """What runs before and after an engine's prefill function."""
     mixed_qkv, *gates = arguments
-    _, _, value_dim, key_dim = ssm_state.shape
-    ends, slots = (prefill["query_start"], prefill["query_end"]), prefill["state_slots"]
+    head_dim = ssm_state.shape[3]
+    slots, has_state = prefill["state_slots"], prefill["has_initial_state"]
+    ends = (prefill["query_start"], prefill["query_end"])
     offsets = tensor(ROWS + 1, dtype=torch.int64)
     packed = gdn.PackedRows(0, (tokens // ROWS,) * ROWS, offsets)
     for log_decay in (True, False):
-        dims = (key_dim, value_dim)
-        triton_peers.split(mixed_qkv, tuple(gates), k_heads, dims, packed, *ends, tokens, slots, log_decay)
+        for inputs in (None, convolution):
+            options = (tuple(gates), k_heads, head_dim, packed, *ends, slots, has_state, log_decay)
+            split(mixed_qkv, inputs, *options)
     for state in (ssm_state, tensor(*ssm_state.shape)):
         collected = triton_peers.collect(state, slots, prefill["has_initial_state"])
         triton_peers.put_back(collected, None, packed, state, *ends, slots, None)

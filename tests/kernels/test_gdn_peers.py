@@ -22,9 +22,11 @@ from .slots import (
     Row,
     assert_only_these_slots_changed,
     assert_only_these_tokens_written,
+    bits,
     clone_layout,
     fill_slots,
     ints,
+    poisoned_state,
     ranges,
     strided_slots,
 )
@@ -315,6 +317,41 @@ def test_a_wish_that_cannot_be_had_is_refused(device: str) -> None:
     peers.OFFERS.say_missing("fla", "not in this engine")
     with pytest.raises(ValueError, match="it cannot be had: not in this engine"):
         peers.try_offers(shape_of(tokens), tokens.mixed_qkv.device)
+
+
+@pytest.mark.parametrize("layout", STATE_LAYOUTS)
+@pytest.mark.parametrize("width", [2, 4, 8])
+def test_a_peer_behind_the_convolution(width: int, layout: str, device: str) -> None:
+    """Outputs, states, windows and snapshots are those of the convolution and our own kernels, one after the other."""
+    tokens = case(150, device, (3, 6))
+    fake = offer(tokens, grid=64)
+    rows, has_state = [(3, 5, 2), (5, 75, 0), (75, 76, -1), (76, 77, 5), (77, 147, 4)], [True, False, True, False, True]
+    tokens.mixed_qkv[75] = float("nan")
+    channels = tokens.mixed_qkv.shape[1]
+    weight = torch.randn(channels, width, device=device)
+    windows = poisoned_state((10, channels, width), torch.float32, device, layout)
+    state = tokens.state(10, layout=layout)
+    for each in (windows, state):
+        fill_slots(each, [0, 2, 4, 5], 0.3)
+    kept = {
+        "snapshot_positions": ints([2, 64, 1, 1, 70], device, torch.int64),
+        "snapshot_slots": ints([6, 7, 8, -1, 9], device, torch.int64),
+    }
+    results = []
+    for packed in (PackedRows.of([2, 70, 1, 1, 70], device, 3, snapshot_grid=64), None):
+        own = clone_layout(windows), clone_layout(state)
+        out = tokens.out()
+        convolution = gdn.Convolution(weight, own[0])
+        prefill(tokens, own[1], rows, has_state, packed, out, convolution=convolution, **kept)
+        results.append((*own, out))
+    assert [call["tokens"] for call in fake.calls] == [144]
+    (fused_windows, *fused), (own_windows, *apart) = results
+    assert torch.equal(bits(fused_windows.contiguous()), bits(own_windows.contiguous()))
+    written = [0, 2, 4, 5, 6, 7, 9]
+    assert_only_these_slots_changed(state, fused[0], written)
+    assert_error(fused[0][written], apart[0][written].double(), 1e-5, "states")
+    live = [*range(3, 75), *range(76, 147)]
+    assert_error(fused[1][live], apart[1][live].double(), 1e-5, "outputs")
 
 
 def test_tables_of_chunks() -> None:

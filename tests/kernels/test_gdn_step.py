@@ -18,7 +18,6 @@ from .slots import ints
 K_HEADS, V_HEADS, KEY_DIM, VALUE_DIM, WIDTH, SLOTS = 2, 4, 8, 4, 4, 8
 CONV_DIM = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
 OPERATIONS = (
-    "causal_conv1d_prefill",
     "causal_conv1d_update",
     "gdn_prefill",
     "gdn_decode",

@@ -57,7 +57,7 @@ def test_ranks_add_up(spec: Qwen3NextSpec, size: int, expert_parallel: bool, sta
         shard = ExpertShard(spec, rank, size, expert_parallel)
         mine13, mine2 = load(shard, w13, w2, stacked)
         total += fused_moe(x, mine13, mine2, weights, shard.local_ids(ids), None, None)
-    torch.testing.assert_close(total, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, whole, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -95,7 +95,7 @@ def test_fp8_ranks_add_up(intermediate: int, size: int, expert_parallel: bool, s
         local = experts_of_rank.shard.local_ids(ids)
         mine = (experts_of_rank.w13, experts_of_rank.w2, weights, local)
         total += fused_moe(x, *mine, experts_of_rank.w13_scale_inv, experts_of_rank.w2_scale_inv)
-    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(
