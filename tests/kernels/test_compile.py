@@ -12,6 +12,7 @@ KERNELS = (
     "_update_kernel",
     "_chunk_kernel",
     "_walk_kernel",
+    "_windows_kernel",
     "_split_kernel",
     "_collect_kernel",
     "_put_back_kernel",
