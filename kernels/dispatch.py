@@ -27,12 +27,16 @@ TRITON = "triton"
 
 @dataclass(frozen=True)
 class Choice:
-    """What `runs` for some shapes or formats of an operation, and why; `tiles` says where tile sizes come from."""
+    """What `runs` for some shapes or formats of an operation, and why; `tiles` says where tile sizes come from.
+
+    details: what of it a file decides, each with its reason; too long for an engine's log.
+    """
 
     shapes: str = "all"
     runs: str = TRITON
     why: str = ""
     tiles: str = ""
+    details: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from .dispatch import Choice
-from .gpus import Target
 
 AUTO, OWN = "auto", "own"
 
@@ -28,10 +27,7 @@ class Named(Protocol):
 
 
 class Rule(Protocol):
-    """A line of a table: who may run something on GPUs of this capability."""
-
-    @property
-    def capability(self) -> tuple[int, int]: ...
+    """A line of a GPU's table: who may run something."""
 
     @property
     def peer(self) -> str: ...
@@ -111,16 +107,17 @@ class Offers(Generic[Offer, Shape]):
                 "'own'"
             )
 
-    def choices(self, rules: Sequence[Rule], target: Target, where: Callable[[str], str]) -> list[Choice]:
+    def choices(self, rules: Sequence[Rule], where: Callable[[str], str]) -> list[Choice]:
         """For the table of what runs: who takes over ``where`` (given a name), and what is missing.
 
-        Where nothing was offered in this process, those that would be tried on that GPU.
+        Where nothing was offered in this process, those that these rules of a GPU would have tried.
         """
+        names = dict.fromkeys(rule.peer for rule in rules if rule.peer != OWN)
         if self.wanted == AUTO and not self.found and not self.missing:
             why = "where the engine has it and its trial at start succeeds"
-            return [Choice(where(rule.peer), rule.peer, why) for rule in rules if rule.capability == target.capability]
+            return [Choice(where(name), name, why) for name in names]
         choices = []
-        for name in dict.fromkeys((*(rule.peer for rule in rules), *self.found, *self.missing)):
+        for name in dict.fromkeys((*names, *self.found, *self.missing)):
             if self.shapes_of(name):
                 choices.append(Choice(where(name), name, "the engine's, tried at its start"))
             elif name in self.missing:

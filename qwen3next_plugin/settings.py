@@ -58,6 +58,16 @@ class Settings:
             "engine's DeepGEMM, from a few hundred tokens on; auto, whichever is expected to be faster. Default auto.",
         },
     )
+    gdn_configs: Path | None = field(
+        default=None,
+        metadata={
+            "variable": "QWEN3NEXT_GDN_CONFIGS",
+            "values": ("DIR",),
+            "parse": Path,
+            "help": "The folder that `qwen3next tune gdn` wrote to: its table of Gated DeltaNet's kernels comes before "
+            "the shipped ones. Default: the shipped ones.",
+        },
+    )
     rope: RopeShortcut | None = field(
         default=None,
         metadata={
@@ -115,17 +125,23 @@ class Settings:
     def tell_kernels(self) -> None:
         """Makes the kernels of this process follow these settings; SettingsError if they cannot."""
         from .kernels.dispatch import prefer  # here, for the command line must not wait for torch
+        from .kernels.gdn import config as gdn_config
         from .kernels.gdn.peers import OFFERS as PREFILLS
-        from .kernels.moe.config import use_folder
+        from .kernels.moe import config as moe_config
         from .kernels.moe.peers import OFFERS as GROUPED_PRODUCTS
 
         prefer(self.backend)
         PREFILLS.prefer(self.gdn_prefill)
         GROUPED_PRODUCTS.prefer(self.moe_prefill)
-        try:
-            use_folder(self.moe_configs)
-        except ValueError as error:
-            raise SettingsError(f"QWEN3NEXT_MOE_CONFIGS: {error}.") from None
+        folders = (
+            ("QWEN3NEXT_GDN_CONFIGS", gdn_config.use_folder, self.gdn_configs),
+            ("QWEN3NEXT_MOE_CONFIGS", moe_config.use_folder, self.moe_configs),
+        )
+        for variable, use_folder, folder in folders:
+            try:
+                use_folder(folder)
+            except ValueError as error:
+                raise SettingsError(f"{variable}: {error}.") from None
 
     def check_device(self, device_type: str) -> None:
         """Raise SettingsError if ``kernels``, ``gdn_prefill`` or ``moe_prefill`` cannot run on this device type ("cuda"
@@ -172,6 +188,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         kernels=cast(Kernels, values.get("kernels", "auto")),
         gdn_prefill=cast(GdnPrefill, values.get("gdn_prefill", "auto")),
         moe_prefill=cast(MoePrefill, values.get("moe_prefill", "auto")),
+        gdn_configs=cast(Path | None, values.get("gdn_configs")),
         rope=cast(RopeShortcut | None, values.get("rope")),
         moe_configs=cast(Path | None, values.get("moe_configs")),
         warm_up=bool(values.get("warm_up", True)),

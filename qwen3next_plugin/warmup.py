@@ -22,6 +22,7 @@ from torch import nn
 from .kernels import compilations
 from .kernels.dispatch import TRITON, choose
 from .kernels.gdn import Convolution, PackedRows
+from .kernels.gdn import config as gdn_config
 from .kernels.gdn.peers import launch_around_peers
 from .kernels.gdn.step import PrefillRows, gdn_step
 from .kernels.gemm import FP8, MAX_ROWS, block_fp8_matmul, quantize_tokens, quantized_matmul
@@ -35,7 +36,7 @@ from .layers_few import FewRows, few_rows_of
 from .layers_fp8 import Fp8Columns, Fp8Rows
 from .layers_integer import IntegerExperts, IntegerLinear
 from .layers_moe import Experts, SparseMoE
-from .warmup_rows import SKIPPED, StepRows, filling_tokens
+from .warmup_rows import SKIPPED, StepRows, tokens_a_row
 
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 65)
 """On both sides of every number of tokens where a kernel's constants change: tiles of rows are powers of two up to 16,
@@ -179,12 +180,15 @@ def _(module: GdnParts, serving: Serving) -> None:
     states = serving.states(module)
     if states is None:
         return
+    table = gdn_config.table_of(states[1].device)
     for rows in serving.steps(module):
-        for tokens in (*TOKENS, filling_tokens(rows, module.num_k_heads, module.num_v_heads)):
-            qkvz = serving.zeros(tokens, module.conv_dim + module.num_v_heads * module.head_v_dim)
-            gates = module.gates(serving.zeros(tokens, 2 * module.num_v_heads))
-            out = serving.zeros(tokens, module.num_v_heads, module.head_v_dim)
-            gdn_step(qkvz, *gates, module.core_parameters(), *states, out, **rows)
+        for one in gdn_config.every_table(table, states[1].element_size(), tokens_a_row(rows)):
+            for tokens in TOKENS:
+                qkvz = serving.zeros(tokens, module.conv_dim + module.num_v_heads * module.head_v_dim)
+                gates = module.gates(serving.zeros(tokens, 2 * module.num_v_heads))
+                out = serving.zeros(tokens, module.num_v_heads, module.head_v_dim)
+                with gdn_config.forced(one):
+                    gdn_step(qkvz, *gates, module.core_parameters(), *states, out, **rows)
         if "prefill" in rows:
             _around_peers(module, states, rows["prefill"], serving)
 

@@ -15,13 +15,9 @@ StepRows = dict[str, Any]
 """The row sets of one `gdn_step`, by its argument's names."""
 
 
-def filling_tokens(rows: StepRows, num_k_heads: int, num_v_heads: int) -> int:
-    """Tokens of a step for which decoding and verifying are cut as for a full GPU, whatever its rows are."""
-    from .kernels.gdn.triton_decode import MANY_PROGRAMS
-    from .kernels.gdn.triton_verify import FEW_PROGRAMS
-
-    longest = rows["drafts"][0].max_query_len if "drafts" in rows else 1
-    return max(-(-MANY_PROGRAMS // num_k_heads), (FEW_PROGRAMS // num_v_heads + 1) * longest)
+def tokens_a_row(rows: StepRows) -> int:
+    """Tokens of a row of drafts that leave records, at most; 1 in a step without."""
+    return rows["drafts"][0].max_query_len if "drafts" in rows else 1
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from ..checks import check_optional
 from ..conv import causal_conv1d_prefill
 from ..dispatch import TRITON, Choice, choose, declare
 from . import reference
+from .choices import prefill_choices
 from .convolution import FUSED_WIDTH, Convolution
 from .drafts import gdn_commit, gdn_verify_fused
 from .fused import gdn_decode_fused
 from .packed import PackedRows
-from .peers import HeadShape, choose_peer, prefill_choices, run_peer
+from .peers import HeadShape, choose_peer, run_peer
 from .records import DraftRecords
 from .reference import SNAPSHOT_GRID
 from .validation import (

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..dispatch import TRITON, Choice, choose, declare
 from . import reference_drafts as reference
+from .choices import verify_choices
 from .records import DraftRecords
 from .validation import check_commit, check_fused, check_record, check_tokens, check_verify_rows
 
-declare("gdn_verify_fused", cuda=(Choice("drafts that leave records", why="with convolution and norm, one launch"),))
+declare("gdn_verify_fused", cuda=verify_choices)
 declare("gdn_commit", cuda=(Choice("after such drafts", why="all layers in one launch"),))
 
 

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from ..checks import check_optional
-from ..dispatch import TRITON, Choice, choose, declare
+from ..dispatch import TRITON, choose, declare
 from . import reference
+from .choices import decode_choices
 from .validation import check_decode_rows, check_fused, check_tokens
 
-declare("gdn_decode_fused", cuda=(Choice("a step that only decodes", why="with convolution and norm, one launch"),))
+declare("gdn_decode_fused", cuda=decode_choices)
 
 
 def gdn_decode_fused(

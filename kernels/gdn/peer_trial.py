@@ -7,9 +7,11 @@ from functools import partial
 import torch
 
 from ..offers import problem_of
-from . import peer_table
 from .packed import PackedRows
 from .peers import HeadShape, Peer, run_peer
+
+MOST_ERROR = 3e-2
+"""A peer whose outputs or states differ from our own by more (relative norm, bfloat16 tokens) is not used."""
 
 LENGTH = 200
 """Tokens a row: three whole chunks and a part of one."""
@@ -22,7 +24,7 @@ def trial(peer: Peer, shape: HeadShape, device: torch.device, snapshot_grid: int
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     for rows in sorted({1, -(-processors // shape.num_v_heads)}):
-        problem = problem_of(partial(_error, peer, shape, device, snapshot_grid, rows), peer_table.MOST_ERROR)
+        problem = problem_of(partial(_error, peer, shape, device, snapshot_grid, rows), MOST_ERROR)
         if problem is not None:
             return problem
     return None

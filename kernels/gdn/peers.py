@@ -1,7 +1,7 @@
 """Prefill by what an engine has installed, where that is faster than our own kernels: `..offers` for this operation.
 
 An engine's adapter offers functions (``OFFERS``) and has them tried once, at its start (:func:`try_offers`). Which
-shapes go where is data: :mod:`.peer_table`.
+shapes go where is data: :mod:`.config`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Choice
-from ..gpus import Target
-from ..offers import AUTO, OWN, Offers, capability_of
-from . import peer_table
+from ..offers import AUTO, Offers
+from .config import prefill_rules, table_of
 from .convolution import Convolution
 from .packed import PackedRows
 from .reference import Gates
+from .table import OWN
+
+MOST_CHECKPOINT_BYTES = 512 * 1024 * 1024
+"""Snapshots are cut out of states kept on a grid by the peer: above this much for them, our own kernels run."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,15 @@ def choose_peer(shape: HeadShape, packed: PackedRows, device: torch.device, snap
         return None
     if snapshots:
         bytes_each = 4 * shape.num_v_heads * shape.head_v_dim * shape.head_k_dim
-        if packed.checkpoints * bytes_each > peer_table.MOST_CHECKPOINT_BYTES:
+        if packed.checkpoints * bytes_each > MOST_CHECKPOINT_BYTES:
             return None
     tried = (shape, snapshots)
     if OFFERS.wanted != AUTO:
         return OFFERS.found[OFFERS.wanted] if (OFFERS.wanted, tried) in OFFERS.tried else None
-    mean = packed.tokens / len(packed.lengths)
-    for rule in _rules(device):
-        fits = packed.tokens >= rule.min_tokens and mean >= rule.min_mean
-        if fits and (rule.peer, tried) in OFFERS.tried:
+    for rule in prefill_rules(table_of(device), packed.tokens, len(packed.lengths)):
+        if rule.peer == OWN:
+            return None
+        if (rule.peer, tried) in OFFERS.tried:
             return OFFERS.found[rule.peer]
     return None
 
@@ -149,7 +151,7 @@ def try_offers(shape: HeadShape, device: torch.device, snapshot_grid: int | None
     """
     from .peer_trial import trial
 
-    for peer in OFFERS.candidates(_rules(device)):
+    for peer in OFFERS.candidates(table_of(device).prefill):
         sizes = (shape.head_k_dim, shape.head_v_dim)
         if shape.dtype not in peer.dtypes or sizes != (peer.head_dim, peer.head_dim):
             why = f"not for {shape.dtype} tokens with heads of {sizes[0]} and {sizes[1]}"
@@ -208,28 +210,3 @@ def launch_around_peers(
 
 def _give_back(call: PeerCall) -> tuple[Tensor, Tensor | None]:
     return call.state, call.state if call.keep_checkpoints else None
-
-
-def prefill_choices(target: Target) -> list[Choice]:
-    """For the table of what runs: our own kernels, who takes over where, and what is missing."""
-    own = [
-        Choice("bfloat16 tokens, heads of a multiple of 64", why="two kernels, chunks of 64, products in bfloat16"),
-        Choice(
-            "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
-        ),
-    ]
-    return [*own, *OFFERS.choices(peer_table.RULES, target, _range_of)]
-
-
-def _range_of(name: str) -> str:
-    kept = [snapshots for _, snapshots in OFFERS.shapes_of(name)]
-    less = ", not where snapshots are kept" if kept and True not in kept else ""
-    if OFFERS.wanted == name:
-        return f"wherever it can, as asked{less}"
-    rule = next((rule for rule in peer_table.RULES if rule.peer == name), None)
-    return ("nowhere" if rule is None else f"from {rule.min_tokens} tokens on, {rule.min_mean} a row") + less
-
-
-def _rules(device: torch.device) -> list[peer_table.Rule]:
-    capability = capability_of(device)
-    return [rule for rule in peer_table.RULES if rule.capability == capability]

@@ -5,17 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, covered
+from .config import decode_tile, table_of
 from .reference import Gates
 from .triton_formula import EPSILON, advance_once, as_stored, decay_of
 
-# A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor and
-# one computes while others wait for memory; of a few rows each has a multiprocessor to itself and takes a state whole.
-MANY_PROGRAMS = 256
-# By bytes of a state's element: elements that a program of many holds at a time, and its warps. It asks for the next
-# ones before it works on these, for which a whole state would leave no registers.
-TILES = {4: (2048, 2), 2: (1024, 2)}
-ELEMENTS_A_WARP = 1024
-MAX_WARPS = 16
+ELEMENTS_A_WARP = 1024  # at least, of a head that is held whole
 
 
 @triton.jit
@@ -273,12 +267,14 @@ def gdn_decode_fused(
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     programs = max(rows, tokens) * num_k_heads
-    num_warps = min(MAX_WARPS, max(1, block_k * block_v // ELEMENTS_A_WARP))
+    # A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor
+    # and one computes while others wait for memory; a program asks for the next tile before it works on this one, for
+    # which a whole state would leave no registers.
+    tile = decode_tile(table_of(ssm_state.device), ssm_state.element_size(), programs)
+    num_warps = max(1, min(tile.num_warps, block_k * block_v // ELEMENTS_A_WARP))
     ahead = False
-    if programs >= MANY_PROGRAMS:
-        tile, warps = TILES[ssm_state.element_size()]
-        if block_k * block_v > tile:
-            block_v, num_warps, ahead = max(1, tile // block_k), warps, True
+    if tile.elements is not None and block_k * block_v > tile.elements:
+        block_v, num_warps, ahead = max(1, tile.elements // block_k), tile.num_warps, True
     _gdn_decode_kernel[(programs,)](
         mixed_qkv,
         z,

@@ -1,4 +1,4 @@
-"""The inverse of a chunk's triangular system, in two ways that are still to be measured against each other."""
+"""The inverse of a chunk's triangular system, in two ways: which of them runs is a GPU's table's choice."""
 
 import triton
 import triton.language as tl

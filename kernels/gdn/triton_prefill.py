@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
+from .config import own_prefill, table_of
 from .reference import SNAPSHOT_GRID, Gates
 from .triton_formula import EPSILON, as_stored, softplus
 from .triton_inverse import unit_lower_inverse, unit_lower_inverse_by_blocks
@@ -23,11 +24,6 @@ CHUNK = SNAPSHOT_GRID  # a state can be kept where a chunk ends
 # an illegal access), as soon as an operand comes from registers rather than by an asynchronous copy.
 BLOCK_V_NARROW = 64
 BLOCK_V_WIDE = 32
-# To be measured against each other: benchmarks/NOTES.md, "GDN prefill, which variants to measure".
-_INVERSE_BY_BLOCKS = False
-_CHUNK_WARPS = 4
-_CHUNK_REGISTERS: int | None = None
-_WALK_STAGES = 2
 
 
 # What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
@@ -264,8 +260,10 @@ def gdn_prefill(
     whole_tiles = key_dim % BLOCK_V_NARROW == 0 and value_dim % BLOCK_V_NARROW == 0
     narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and whole_tiles
     dot = torch.bfloat16 if narrow else torch.float32
+    built = own_prefill(table_of(mixed_qkv.device), tokens, rows)
+    by_blocks = built.inverse == "blocks"
     # Without a Newton step at its end the inverse is only as good as its products.
-    wide_inverse = mixed_qkv.dtype == torch.float32 or (_INVERSE_BY_BLOCKS and not narrow)
+    wide_inverse = mixed_qkv.dtype == torch.float32 or (by_blocks and not narrow)
 
     def workspace(*shape: int, dtype: torch.dtype = dot) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=mixed_qkv.device)
@@ -308,9 +306,9 @@ def gdn_prefill(
         BLOCK_V=block_v,
         BLOCK_ROWS=BLOCK_ROWS,
         INVERSE_PRECISION="tf32x3" if wide_inverse else "tf32",
-        BY_BLOCKS=_INVERSE_BY_BLOCKS,
-        num_warps=_CHUNK_WARPS,
-        maxnreg=_CHUNK_REGISTERS,
+        BY_BLOCKS=by_blocks,
+        num_warps=built.chunk_warps,
+        maxnreg=built.chunk_registers,
         num_stages=1,
         **shared,
     )
@@ -335,6 +333,6 @@ def gdn_prefill(
         BLOCK_V=walk_v,
         HAS_SNAPSHOT=snapshot is not None,
         num_warps=4,
-        num_stages=_WALK_STAGES if narrow and block_k <= 128 else 1,
+        num_stages=built.walk_stages if narrow and block_k <= 128 else 1,
         **shared,
     )

@@ -5,13 +5,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ranges import BLOCK_ROWS, covered
+from .config import table_of, verify_tile
 from .records import DraftRecords
 from .reference import Gates
 from .triton_formula import EPSILON, advance, decay_of
-
-FEW_PROGRAMS = 264  # two a multiprocessor of an H200: a state is taken whole
-# By tokens a row, up to: warps of a program and rows of a state that it goes through at a time.
-TILES = ((2, 8, 128), (4, 8, 64), (8, 16, 128))
 
 
 @triton.jit
@@ -299,10 +296,8 @@ def gdn_verify_fused(
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
     programs = max(rows, triton.cdiv(tokens, max_query_len)) * v_heads
-    num_warps, most = next((tile[1:] for tile in TILES if max_query_len <= tile[0]), TILES[-1][1:])
-    if programs <= FEW_PROGRAMS:
-        num_warps, most = TILES[-1][1:]
-    block_v = min(most, triton.next_power_of_2(value_dim))
+    tile = verify_tile(table_of(ssm_state.device), ssm_state.element_size(), max_query_len, programs)
+    block_v = min(tile.rows, triton.next_power_of_2(value_dim))
     _gdn_verify_kernel[(programs,)](
         mixed_qkv,
         z,
@@ -345,5 +340,5 @@ def gdn_verify_fused(
         BLOCK_V=block_v,
         V_BLOCKS=triton.next_power_of_2(triton.cdiv(value_dim, block_v)),
         BLOCK_ROWS=BLOCK_ROWS,
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
     )

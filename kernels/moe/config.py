@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..gpus import gpu_slug
+from ..tuned import checked_folder
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 FORMAT = 1
@@ -70,10 +71,7 @@ def use_folder(folder: Path | None) -> None:
     """
     global _user_folder
     if folder is not None:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder: give the one that `qwen3next tune moe` wrote to")
-        for path in sorted(folder.glob("*/E=*.json")):
-            read_file(path)
+        checked_folder(folder, "*/E=*.json", read_file, "qwen3next tune moe")
     _user_folder = folder
 
 

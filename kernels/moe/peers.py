@@ -121,7 +121,7 @@ def try_offers(shape: ExpertShape, device: torch.device) -> None:
 
 def peer_choices(target: Target) -> list[Choice]:
     """For the table of what runs: who takes over where, and what is missing."""
-    return OFFERS.choices(peer_table.RULES, target, _range_of)
+    return OFFERS.choices([rule for rule in peer_table.RULES if rule.capability == target.capability], _range_of)
 
 
 def _range_of(name: str) -> str:

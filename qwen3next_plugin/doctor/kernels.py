@@ -47,7 +47,7 @@ def print_kernels(gpu: str | None, as_json: bool) -> None:
         console.print(f"What runs on {device}:")
         console.print(_as_table(rows))
     else:
-        print("\n".join([f"What runs on {device}:", *map(_as_line, rows)]))
+        print("\n".join([f"What runs on {device}:", *map(_as_lines, rows)]))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -55,10 +55,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row.operation, choice.shapes, choice.runs, choice.why, choice.tiles
 
 
-def _as_line(row: Row) -> str:
+def _as_lines(row: Row) -> str:
     operation, shapes, runs, why, tiles = _cells(row)
     rest = "; ".join(part for part in (why, f"tiles: {tiles}" if tiles else "") if part)
-    return f"{operation}: {shapes} -> {runs}{f' ({rest})' if rest else ''}"
+    line = f"{operation}: {shapes} -> {runs}{f' ({rest})' if rest else ''}"
+    return "\n".join([line, *(f"  {detail}" for detail in row.choice.details)])
 
 
 def _as_table(rows: list[Row]) -> Table:
@@ -69,5 +70,7 @@ def _as_table(rows: list[Row]) -> Table:
     for row in rows:
         operation, *cells = _cells(row)
         table.add_row(*map(Text, ("" if operation == before else operation, *cells)))
+        for detail in row.choice.details:
+            table.add_row("", "", "", Text(detail), "")
         before = operation
     return table

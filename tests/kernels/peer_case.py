@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import offers
-from qwen3next_plugin.kernels.gdn import peer_table, peers
+from qwen3next_plugin.kernels.gdn import config, peers
 from qwen3next_plugin.kernels.gdn.peer_trial import trial
 from qwen3next_plugin.kernels.gdn.peers import HeadShape, Peer
 from qwen3next_plugin.kernels.gdn.reference import delta_rule_chunked
+from qwen3next_plugin.kernels.gdn.table import PrefillRule, PrefillWay
 
 DIM = 16
-CPU = (0, 0)
+CPU = torch.device("cpu")
 
 
 def delta_rule_part(
@@ -46,15 +47,15 @@ def small(peer: Peer) -> Peer:
 
 
 @contextmanager
-def empty_registry(*rules: peer_table.Rule) -> Iterator[None]:
-    """No offers before, none after; the CPU takes the place of a GPU that has these rules."""
-    saved = peer_table.RULES, peers.capability_of
-    peer_table.RULES, peers.capability_of = rules, lambda device: CPU  # type: ignore[assignment]
+def empty_registry(*rules: tuple[str, int, int]) -> Iterator[None]:
+    """No offers before, none after; who runs from how many tokens on, and how many a row."""
     peers.OFFERS.withdraw_all()
+    table = config.table_of(CPU)
+    added = tuple(PrefillRule(PrefillWay(name), tokens, mean, "a test") for name, tokens, mean in rules)
     try:
-        yield
+        with config.forced(replace(table, prefill=(*added, *table.prefill))):
+            yield
     finally:
-        peer_table.RULES, peers.capability_of = saved
         peers.OFFERS.prefer(offers.AUTO)
         peers.OFFERS.withdraw_all()
 

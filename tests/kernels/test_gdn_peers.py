@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import dispatch, gdn
-from qwen3next_plugin.kernels.gdn import PackedRows, peer_table, peers
+from qwen3next_plugin.kernels.gdn import PackedRows, peers
+from qwen3next_plugin.kernels.gdn.choices import prefill_choices
 from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
 from qwen3next_plugin.kernels.gdn.peers import HeadShape, PeerCall
 from qwen3next_plugin.kernels.gpus import NO_GPU
 from tests.helpers import nan_like
 
 from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
-from .peer_case import CPU, DIM, delta_rule_part, empty_registry, small
+from .peer_case import DIM, delta_rule_part, empty_registry, small
 from .slots import (
     STATE_LAYOUTS,
     Row,
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def described() -> list[str]:
     """What the table says besides our own kernels, a text a row."""
-    choices = peers.prefill_choices(NO_GPU)
+    choices = prefill_choices(NO_GPU)
     assert [choice.runs for choice in choices[:2]] == ["triton"] * 2
     return [f"{choice.runs} {choice.shapes}: {choice.why}" for choice in choices[2:]]
 
@@ -89,8 +90,7 @@ class FakeFlashInfer:
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
-    rules = (peer_table.Rule(CPU, "flashinfer", 40, 10, "a test"), peer_table.Rule(CPU, "fla", 20, 1, "a test"))
-    with empty_registry(*rules):
+    with empty_registry(("flashinfer", 40, 10), ("fla", 20, 1)):
         yield
 
 
@@ -239,7 +239,7 @@ def test_a_peer_that_keeps_no_checkpoints_leaves_snapshots_to_us(device: str, mo
     assert peers.choose_peer(*choose, False) is not None and peers.choose_peer(*choose, True) is None
     offer(tokens, fake, grid=64)
     assert peers.choose_peer(*choose, True) is not None
-    monkeypatch.setattr(peer_table, "MOST_CHECKPOINT_BYTES", 4 * 2 * DIM * DIM - 1)
+    monkeypatch.setattr(peers, "MOST_CHECKPOINT_BYTES", 4 * 2 * DIM * DIM - 1)
     assert peers.choose_peer(*choose, True) is None
 
 
@@ -272,7 +272,8 @@ def test_an_offer_for_other_heads_is_not_tried(device: str) -> None:
 def test_what_is_chosen_is_described(device: str) -> None:
     hoped = "where the engine has it and its trial at start succeeds"
     assert described() == [
-        f"{rule.peer} from {rule.min_tokens} tokens on, {rule.min_mean} a row: {hoped}" for rule in peer_table.RULES
+        f"flashinfer from 40 tokens on, 10 a row: {hoped}",
+        f"fla from 20 tokens on, 1 a row: {hoped}",
     ]
     tokens = case(60, device)
     fake = offer(tokens)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3next_plugin.kernels import gdn
-from qwen3next_plugin.kernels.gdn import triton_prefill
+from qwen3next_plugin.kernels.gdn import config
+from qwen3next_plugin.kernels.gdn.table import OWN, OwnPrefill, PrefillWay
 
 from .common import BACKENDS, DTYPES, assert_repeatable
 from .gdn_case import assert_error, check_prefill, formula, limit, make_tokens, run_prefill
@@ -93,15 +94,16 @@ def test_repeated_keys_that_are_never_forgotten(backend: str, device: str) -> No
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.1, 1.0], ids=["repeated keys", "keys much alike", "keys unlike"])
-def test_the_inverse_by_blocks(alike: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_inverse_by_blocks(alike: float, device: str) -> None:
     """The other way to invert the chunk's system, with keys that are hard on it."""
-    monkeypatch.setattr(triton_prefill, "_INVERSE_BY_BLOCKS", True)
+    way = PrefillWay(OWN, OwnPrefill(inverse="blocks"))
     tokens = make_tokens(130, device)
     keys = tokens.mixed_qkv[:, :32]
     keys.copy_(keys[:1] + alike * keys)
     tokens.a.fill_(-30.0)
     tokens.b.fill_(5.0)
-    check_prefill(tokens, [(0, 130, 1)], [True], "triton")
+    with config.forced(config.only(config.table_of(torch.device(device)), way)):
+        check_prefill(tokens, [(0, 130, 1)], [True], "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -25,7 +25,7 @@ import qwen3next_plugin.kernels as kernels
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels import dispatch
-from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, gdn_commit, peers
+from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, config, gdn_commit, peers
 from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.gemm import policy
 from qwen3next_plugin.kernels.moe import peer_table, ways
@@ -41,6 +41,7 @@ from qwen3next_plugin.warmup_rows import SkippedRows
 from tests.configs import new_form
 from tests.cpu.core.few_layers import lent, small_spec
 from tests.cpu.core.parallel import layers
+from tests.cpu.core.varied_gdn import varied_table
 from tests.kernels.compile_layers import NamesTargetOnly
 
 BF16 = torch.bfloat16
@@ -304,17 +305,20 @@ def main(kind: str) -> None:
     for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         import_module(module.name)
     torch.set_default_dtype(BF16)
-    others = {"gdn": Gdn, "attention": Attention, "dense": Dense}
+    others = {"gdn": Gdn, "gdn varied": Gdn, "attention": Attention, "dense": Dense}
     case: Any = others[kind]() if kind in others else Mixture(kind)
     driver.set_active(NamesTargetOnly())
     dispatch.prefer(dispatch.TRITON)
     os.environ["TRITON_INTERPRET"] = "1"  # only to be allowed kernels on this device: they were made for a compiler
+    device = torch.device("cpu")
+    table = varied_table() if kind == "gdn varied" else config.table_of(device)
     with (
+        config.forced(table),
         patch.object(JITFunction, "run", note),
         patch.object(policy, "has_fp8_units", lambda device: True),
         patch.object(ways, "has_fp8_units", lambda device: True),
     ):
-        warm_up(case.models(), Serving(BF16, torch.device("cpu"), MAX_TOKENS, 3, **case.serving()))
+        warm_up(case.models(), Serving(BF16, device, MAX_TOKENS, 3, **case.serving()))
         warm = set(specializations)
         for tokens in STEPS:
             case.serve(tokens)

@@ -8,6 +8,7 @@ import torch
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch, offers
+from qwen3next_plugin.kernels.gdn import config as gdn_config
 from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.moe import config
 from qwen3next_plugin.kernels.moe import peers as moe_peers
@@ -107,16 +108,22 @@ def test_the_switch_reaches_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_kernels_are_told_once_for_all(tmp_path: Path) -> None:
-    wanted = read_settings({"QWEN3NEXT_KERNELS": "reference", "QWEN3NEXT_MOE_CONFIGS": str(tmp_path)})
+    folders = {"QWEN3NEXT_MOE_CONFIGS": str(tmp_path), "QWEN3NEXT_GDN_CONFIGS": str(tmp_path)}
+    wanted = read_settings({"QWEN3NEXT_KERNELS": "reference", **folders})
     try:
         wanted.tell_kernels()
         assert set(dispatch.describe("cuda").values()) == {"reference"}
         assert config._folders() == (tmp_path, config.CONFIGS)
+        assert gdn_config._folders() == (tmp_path, gdn_config.CONFIGS)
         with pytest.raises(SettingsError, match="QWEN3NEXT_MOE_CONFIGS: .*nowhere is not a folder: give the one that"):
             Settings(moe_configs=tmp_path / "nowhere").tell_kernels()
+        (tmp_path / "h200").mkdir()
+        (tmp_path / "h200" / "gdn.json").write_text("{}")
+        with pytest.raises(SettingsError, match=r"QWEN3NEXT_GDN_CONFIGS: .*gdn\.json is not a table of .*\.$"):
+            Settings(gdn_configs=tmp_path).tell_kernels()
     finally:
         Settings().tell_kernels()
-    assert config._folders() == (config.CONFIGS,)
+    assert config._folders() == (config.CONFIGS,) and gdn_config._folders() == (gdn_config.CONFIGS,)
 
 
 def test_help_names_every_variable() -> None:
@@ -124,7 +131,7 @@ def test_help_names_every_variable() -> None:
     names = [
         f"QWEN3NEXT_{name}"
         for name in (
-            *("PLUGIN", "KERNELS", "GDN_PREFILL", "MOE_PREFILL", "ROPE", "MOE_CONFIGS", "WARMUP"),
+            *("PLUGIN", "KERNELS", "GDN_PREFILL", "MOE_PREFILL", "GDN_CONFIGS", "ROPE", "MOE_CONFIGS", "WARMUP"),
             *("RECORD", "RECORD_EXPERTS"),
         )
     ]

@@ -15,13 +15,14 @@ from qwen3next_plugin.kernels.gemm import quantize_block
 from qwen3next_plugin.kernels.moe import config, ways
 from tests.helpers import output_of
 
-KINDS = (
-    *("gdn", "attention", "dense", "bf16", "fp8", "fp8 apart", "fp8 slices", "fp8 by peer"),
+LAYERS = ("gdn", "gdn varied", "attention", "dense")
+EXPERTS = (
+    *("bf16", "fp8", "fp8 apart", "fp8 slices", "fp8 by peer"),
     *("int4", "int8", "int8 activations"),
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS + EXPERTS)
 def test_no_step_launches_what_was_not_warmed(kind: str) -> None:
     """By Triton's own word for what it would compile anew; see served_kernels.py for the numbers of tokens tried."""
     found = json.loads(output_of("tests.cpu.core.served_kernels", "90", kind)[-1])

@@ -1,0 +1,42 @@
+"""A table of Gated DeltaNet's kernels that chooses often."""
+
+import dataclasses
+
+import torch
+
+from qwen3next_plugin.kernels.gdn import config
+from qwen3next_plugin.kernels.gdn.config_file import STATE_BYTES, checked
+from qwen3next_plugin.kernels.gdn.table import (
+    DecodeRule,
+    DecodeTile,
+    GdnTable,
+    OwnPrefill,
+    PrefillRule,
+    PrefillWay,
+    VerifyRule,
+    VerifyTile,
+)
+
+
+def varied_table() -> GdnTable:
+    """By which numbers of tokens and rows choose among more variants and tiles than by any shipped table."""
+    table = config.table_of(torch.device("cpu"))
+    ways = [
+        (OwnPrefill("blocks", 8, 168), 1000, 0),
+        (OwnPrefill("blocks", walk_stages=3), 100, 64),
+        (OwnPrefill(walk_stages=1), 50, 0),
+    ]
+    prefill = [PrefillRule(PrefillWay("own", own), tokens, mean, "a test") for own, tokens, mean in ways]
+    decode = [
+        DecodeRule(size, programs, DecodeTile(elements, warps), "a test")
+        for size in STATE_BYTES
+        for programs, elements, warps in ((0, None, 4), (20, 1024, 2), (100, 2048, 4), (3000, 512, 1))
+    ]
+    verify = [
+        VerifyRule(size, tokens, programs, VerifyTile(rows, warps), "a test")
+        for size in STATE_BYTES
+        for tokens, programs, rows, warps in ((2, 0, 64, 2), (4, 0, 32, 4), (4, 50, 16, 2), (4, 1000, 8, 1))
+    ]
+    prefill += table.prefill
+    varied = dataclasses.replace(table, prefill=tuple(prefill), decode=tuple(decode), verify=tuple(verify))
+    return checked(varied)
