@@ -52,14 +52,19 @@ def _fla() -> Peer:
     return fla_peer(chunk_gated_delta_rule)
 
 
+def offer_prefills(deterministic: bool = False) -> None:
+    """Offers what is installed; deterministic: but for what sums in an order that depends on the batch."""
+    OFFERS.look_for("fla", _fla, "not in this SGLang")
+    if deterministic:
+        OFFERS.say_missing("flashinfer", "its sums depend on the batch, and --enable-deterministic-inference is set")
+    else:
+        offer_flashinfer()
+
+
 def offer_engine_prefills(config: PretrainedConfig) -> None:
     """Offers what is installed and tries it for this rank's heads, on a GPU.
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    OFFERS.look_for("fla", _fla, "not in this SGLang")
-    if get_exec().deterministic.enable_deterministic_inference:
-        OFFERS.say_missing("flashinfer", "its sums depend on the batch, and --enable-deterministic-inference is set")
-    else:
-        offer_flashinfer()
+    offer_prefills(get_exec().deterministic.enable_deterministic_inference)
     try_prefills(spec_of(config).gdn, get_parallel().tp_size, torch.get_default_dtype(), snapshot_grid())

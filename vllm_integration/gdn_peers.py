@@ -45,12 +45,17 @@ def _fla() -> Peer:
     return fla_peer(chunk_gated_delta_rule)
 
 
+def offer_prefills() -> None:
+    """Offers what is installed."""
+    OFFERS.look_for("fla", _fla, "not in this vLLM")
+    offer_flashinfer()
+
+
 def offer_engine_prefills(vllm_config: VllmConfig) -> None:
     """Offers what is installed and tries it for this rank's heads, on a GPU.
 
     Raises SettingsError if QWEN3NEXT_GDN_PREFILL names what is not there.
     """
-    OFFERS.look_for("fla", _fla, "not in this vLLM")
-    offer_flashinfer()
+    offer_prefills()
     ranks = vllm_config.parallel_config.tensor_parallel_size
     try_prefills(spec_of(vllm_config).gdn, ranks, vllm_config.model_config.dtype)

@@ -1,8 +1,9 @@
-"""``qwen3next tune``: measure tile sizes, compute them for other GPUs, hand them to the engines' own kernels."""
+"""``qwen3next tune``: measure tile sizes and who runs what, compute tiles for other GPUs, hand them to the engines."""
 
 from __future__ import annotations
 
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # --help must not wait for torch
 INTERRUPTED = 130  # as shells report Ctrl-C
 
 tune_app = typer.Typer(
-    help="Tile sizes of the mixture of experts for the GPU at hand.",
+    help="Which kernels run in which tiles on the GPU at hand, by measuring it.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -51,9 +52,10 @@ def moe(
     import torch
     from rich.console import Console
 
-    from .cuda import CudaMachine, layers_that_fit, this_gpu, this_machine, versions
+    from .cuda import CudaMachine, layers_that_fit, moe_files, this_gpu, this_machine, versions
     from .problem import TOKENS
-    from .run import About, Place, parse_tokens, tune
+    from .run import parse_tokens, tune
+    from .session import About, Place
     from .space import EFFORTS
 
     if effort not in EFFORTS:
@@ -62,7 +64,7 @@ def moe(
     problem = _problem(_spec(model), tp, ep, dtype)
     gpu = this_gpu()
     place = Place(out, state)
-    about = About(versions(), this_machine())
+    about = About(versions(moe_files()), this_machine())
 
     def machine() -> CudaMachine:
         return CudaMachine(problem, gpu, layers_that_fit(problem), torch.device("cuda", torch.cuda.current_device()))
@@ -70,11 +72,59 @@ def moe(
     try:
         path, _ = tune(gpu, problem, effort, counts, place, about, machine, Console(stderr=True))
     except KeyboardInterrupt:
-        file = place.state_path(gpu, problem)
-        print(f"qwen3next: stopped; {file} keeps what was measured: run the same command again.", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        raise _stopped(place.state_path(gpu, problem.file_name)) from None
     print(path)
     print(f"Serve with it: QWEN3NEXT_MOE_CONFIGS={out.absolute()}")
+
+
+@tune_app.command()
+def gdn(
+    model: Annotated[Path | None, _MODEL] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size: each GPU has a share of the heads.")] = 1,
+    heads: Annotated[str | None, typer.Option(help="Key and value heads of one GPU, e.g. 16/32, instead.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="Whose prefills to compare: vllm, sglang or none; default: as installed."),
+    ] = None,
+    effort: Annotated[str, typer.Option(help="quick, default or thorough.")] = "default",
+    out: Annotated[Path, typer.Option(help="Where <gpu>/gdn.json goes.")] = Path("gdn-configs"),
+    state: Annotated[
+        Path | None, typer.Option(help="What was measured so far; default: beside the file. Taken up if it is there.")
+    ] = None,
+) -> None:
+    """Measure who prefills which shapes fastest, and Gated DeltaNet's tiles, and write the table for this GPU.
+
+    Interrupted and taken up again as `tune moe`. Afterwards serve with QWEN3NEXT_GDN_CONFIGS=<out>.
+    """
+    import torch
+    from rich.console import Console
+
+    from qwen3next_plugin.kernels.gdn.config import FILE
+
+    from .cuda import this_gpu, this_machine, versions
+    from .gdn.engines import engine_here, engine_versions, offer
+    from .gdn.machine import CudaGdnMachine, gdn_files, with_heads
+    from .gdn.run import tune_gdn
+    from .gdn.space import EFFORTS, heads_of
+    from .session import About, Place
+
+    if effort not in EFFORTS:
+        raise SettingsError(f"--effort: {effort!r} is not known: use {', '.join(EFFORTS)}.")
+    spec = _spec(model)
+    share = heads_of(spec, tp, heads)
+    name, gpu, place = engine_here(engine), this_gpu(), Place(out, state)
+    about = About(versions(gdn_files()) | engine_versions(name), this_machine(), date.today().isoformat())
+
+    def machine() -> CudaGdnMachine:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return CudaGdnMachine(with_heads(spec, share), name, device, lambda: offer(name))
+
+    try:
+        path, _ = tune_gdn(gpu, share, name, effort, place, about, machine, Console(stderr=True))
+    except KeyboardInterrupt:
+        raise _stopped(place.state_path(gpu, FILE)) from None
+    print(path)
+    print(f"Serve with it: QWEN3NEXT_GDN_CONFIGS={out.absolute()}")
 
 
 @tune_app.command()
@@ -120,6 +170,12 @@ def write_defaults(
 
     written = compute_files(out, _spec(model))
     print(f"{len(written)} files computed in {out}.")
+
+
+def _stopped(state: Path) -> typer.Exit:
+    """What Ctrl-C leaves."""
+    print(f"qwen3next: stopped; {state} keeps what was measured: run the same command again.", file=sys.stderr)
+    return typer.Exit(INTERRUPTED)
 
 
 def _spec(model: Path | None) -> Qwen3NextSpec:

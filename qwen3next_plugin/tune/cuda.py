@@ -1,4 +1,4 @@
-"""The GPU at hand: what it is, and how long a config takes on it.
+"""The GPU at hand: what it is, and how long a config of the experts takes on it.
 
 A model's layers follow one another, so a layer's weights are never in the L2 cache when it begins. The same must hold
 here: one CUDA graph calls the mixture many times, with other experts and, where memory allows, other layers' weights
@@ -8,6 +8,7 @@ each time, until several times the L2 cache has been read before anything comes 
 import hashlib
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +24,8 @@ from qwen3next_plugin.kernels.moe import reference
 from qwen3next_plugin.kernels.moe.config import MoeConfig, forced
 from qwen3next_plugin.kernels.moe.ways import rounds
 
+from .measuring import GpuLostError, TrialError
 from .problem import Problem
-from .search import GpuLostError, TrialError
 
 _LAYERS = 4  # at most; fewer where memory is short
 _CALLS = 32  # of the mixture in one graph, at most
@@ -33,8 +34,8 @@ _REPEATS = 5
 _REPEAT_MS = 10.0
 _CHECKED_ROWS = 64
 _NO_GPU = (
-    "There is no NVIDIA GPU here that PyTorch can use, and tiles are measured on the GPU that will serve: run it there "
-    "(the shipped files hold configs computed from GPUs' properties)."
+    "There is no NVIDIA GPU here that PyTorch can use, and kernels are measured on the GPU that will serve: run it "
+    "there (until then the shipped files decide)."
 )
 
 
@@ -60,12 +61,16 @@ def this_gpu() -> Gpu:
     )
 
 
-def versions() -> dict[str, str]:
-    """What a measurement depends on besides the GPU: versions, and a digest of the kernels' files."""
+def moe_files() -> list[Path]:
+    """The sources of the experts' kernels."""
     folder = Path(moe.__file__).resolve().parent
     products = (folder.parent / "gemm" / name for name in ("triton.py", "triton_integer.py", "policy.py"))
-    files = sorted([*folder.rglob("*.py"), *products])
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.name != "config.py"))
+    return [path for path in (*folder.rglob("*.py"), *products) if path.name != "config.py"]
+
+
+def versions(files: Iterable[Path]) -> dict[str, str]:
+    """What a measurement depends on besides the GPU: versions, and a digest of the kernels' ``files``."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     found = {name: metadata.version(name) for name in ("torch", "triton")}
     return found | {"cuda": torch.version.cuda or "none", "kernels": digest.hexdigest()[:12]}
 
@@ -154,7 +159,7 @@ class CudaMachine:
             replays = max(1, int(_REPEAT_MS / max(first, 1e-3)))
             best = min(self._replayed_ms(graph, replays) for _ in range(_REPEATS))
         except Exception as error:
-            raise self._refused(error) from None
+            raise refused(error, self.device) from None
         return best * 1e-3 / len(self.calls)
 
     def _replayed_ms(self, graph: torch.cuda.CUDAGraph, replays: int) -> float:
@@ -177,16 +182,17 @@ class CudaMachine:
             with forced(config):
                 actual = moe.fused_moe(*self.calls[0])[rows].cpu().double()
         except Exception as error:
-            raise self._refused(error) from None
+            raise refused(error, self.device) from None
         if not bool(torch.isfinite(actual).all()):
             return float("inf")
         return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
-    def _refused(self, error: Exception) -> TrialError | GpuLostError:
-        """What a failed run means: the GPU still answers, or it does not."""
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        try:
-            torch.zeros(1, device=self.device).item()  # waits for the GPU
-        except Exception:
-            return GpuLostError(said)
-        return TrialError(said)
+
+def refused(error: Exception, device: torch.device) -> TrialError | GpuLostError:
+    """What a failed run means: the GPU still answers, or it does not."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    try:
+        torch.zeros(1, device=device).item()  # waits for the GPU
+    except Exception:
+        return GpuLostError(said)
+    return TrialError(said)

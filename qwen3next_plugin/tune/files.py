@@ -36,7 +36,12 @@ def check_writable(folder: Path) -> None:
 
 
 def as_text(content: dict[str, Any]) -> str:
-    """JSON with one line an item of `entries`, which is how such files are read and compared."""
-    entries = ",\n".join(f"  {json.dumps(entry)}" for entry in content["entries"])
-    head = json.dumps({key: value for key, value in content.items() if key != "entries"}, indent=1)
-    return f'{head[:-2]},\n "entries": [\n{entries}\n ]\n}}\n'
+    """JSON with one line an item of each list, which is how such files are read and compared."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            items = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            parts.append(f' "{key}": [\n{items}\n ]')
+        else:
+            parts.append(json.dumps({key: value}, indent=1)[2:-2])
+    return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -2,86 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gpus import Gpu, gpu_slug
 from qwen3next_plugin.kernels.moe.config import CONFIGS, MoeConfig, default_config, nearest, read_file
 
 from .files import as_text, check_writable, write_atomically
+from .measuring import Machine
 from .plot import plot_winners
 from .problem import Problem
 from .result import as_line, as_table, measured_file
-from .search import Machine, Search, Winner
+from .search import FORM, Search, Winner
+from .session import About, Place, Progressing
 from .space import EFFORTS
 from .state import State
 
 ALLOWED_ERROR = {2: 2e-2, 1: 6e-2}  # by bytes of an activation: three roundings to bf16, or to FP8 on both sides
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tuning's files go: ``out``/<gpu>/<the problem's file>, and the state beside it or where it was asked."""
-
-    out: Path
-    state: Path | None
-
-    def config_path(self, gpu: Gpu, problem: Problem) -> Path:
-        """Of the config file."""
-        return self.out / gpu_slug(gpu.name) / problem.file_name
-
-    def state_path(self, gpu: Gpu, problem: Problem) -> Path:
-        """Of the measurements."""
-        return self.state or self.config_path(gpu, problem).with_suffix(".state.jsonl")
-
-
-@dataclass(frozen=True)
-class About:
-    """What measurements are made with."""
-
-    versions: dict[str, str]
-    machine: str
-
-
-class Progressing:
-    """A bar with the time left, on a terminal; elsewhere one line a number of tokens, on standard error."""
-
-    def __init__(self, console: Console, total: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console
-        self.clock = clock
-        self.total, self.done, self.measured = total, 0, 0
-        self.begin = clock()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.bar.add_task("", total=total, left="")
-
-    def tick(self, seconds: float) -> None:
-        """One measurement less to make; 0 seconds for one that was known."""
-        self.done += 1
-        self.measured += seconds > 0
-        self.bar.update(self.task, completed=self.done, left=self.left())
-
-    def left(self) -> str:
-        """The time left by what a measurement took on average, compiling included; known ones count for nothing."""
-        if not self.measured:
-            return ""
-        seconds = (self.clock() - self.begin) / self.measured * (self.total - self.done)
-        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{max(seconds, 0):.0f} s left"
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(f"{text} {self.left()}".rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
 def runs_now(gpu: Gpu, problem: Problem) -> Callable[[int], MoeConfig]:
@@ -114,7 +55,7 @@ def tune(
     tokens: Sequence[int],
     place: Place,
     about: About,
-    machine: Callable[[], Machine],
+    machine: Callable[[], Machine[int, MoeConfig]],
     console: Console,
 ) -> tuple[Path, list[Winner]]:
     """Measures, writes the config file, prints the table and draws the picture; returns the file and what won.
@@ -122,10 +63,10 @@ def tune(
     ``machine`` is only made once the state file has been accepted, since filling a GPU's memory takes a while. Raises
     PluginError, one sentence; what was measured until then is in the state file.
     """
-    path, state_path = place.config_path(gpu, problem), place.state_path(gpu, problem)
+    path, state_path = place.config_path(gpu, problem.file_name), place.state_path(gpu, problem.file_name)
     check_writable(path.parent)
     identity = {"gpu": gpu.name, "sms": gpu.sms, "problem": asdict(problem), **about.versions}
-    state = State(state_path, identity, about.machine)
+    state = State(state_path, identity, about.machine, FORM)
     before = runs_now(gpu, problem)
     search = Search(gpu, problem, EFFORTS[effort], before, machine(), state)
     progress = Progressing(console, sum(search.planned(count) for count in tokens))

@@ -8,32 +8,49 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from qwen3next_plugin.errors import SettingsError
-from qwen3next_plugin.kernels.moe.config import MoeConfig, config_object, parse_config
 
 FORMAT = 1
-Key = tuple[int, MoeConfig]
+
+P = TypeVar("P", bound=Hashable)
+C = TypeVar("C", bound=Hashable)
 
 
-class State:
-    """Times, errors and reasons by number of tokens and config, and the config that ran before the tuning.
+@dataclass(frozen=True)
+class Form(Generic[P, C]):
+    """How a file holds what is measured: places (numbers of tokens, shapes), in the field ``place``, and configs.
+
+    What cannot be parsed raises KeyError, TypeError or ValueError.
+    """
+
+    place: str
+    place_object: Callable[[P], Any]
+    parse_place: Callable[[Any], P]
+    config_object: Callable[[C], Any]
+    parse_config: Callable[[Any], C]
+
+
+class State(Generic[P, C]):
+    """Times, errors and reasons by place and config, and the config that ran before the tuning.
 
     ``identity`` says what measurements must share to be compared: GPU, problem, versions. Raises SettingsError, one
     sentence, for a file of another identity or one that is no such file.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], machine: str) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], machine: str, form: Form[P, C]) -> None:
         self.path = path
+        self.form = form
         self.machine = machine
-        self.seconds: dict[Key, float] = {}
-        self.errors: dict[Key, float] = {}
-        self.notes: dict[Key, str] = {}
-        self.before: dict[int, MoeConfig] = {}
-        self.machines: dict[int, set[str]] = {}
+        self.seconds: dict[tuple[P, C], float] = {}
+        self.errors: dict[tuple[P, C], float] = {}
+        self.notes: dict[tuple[P, C], str] = {}
+        self.before: dict[P, C] = {}
+        self.machines: dict[P, set[str]] = {}
         try:
             lines = list(self._whole_lines())
         except OSError as error:
@@ -69,18 +86,18 @@ class State:
         yield from content[:end].decode(errors="replace").splitlines()
 
     def _take(self, line: dict[str, Any]) -> None:
-        tokens, config = int(line["tokens"]), parse_config(line["config"])
+        place, config = self.form.parse_place(line[self.form.place]), self.form.parse_config(line["config"])
         if line["what"] == "seconds":
-            self.seconds[tokens, config] = math.inf if line["value"] is None else float(line["value"])
-            self.machines.setdefault(tokens, set()).add(line["machine"])
+            self.seconds[place, config] = math.inf if line["value"] is None else float(line["value"])
+            self.machines.setdefault(place, set()).add(line["machine"])
         elif line["what"] == "error":
-            self.errors[tokens, config] = math.inf if line["value"] is None else float(line["value"])
+            self.errors[place, config] = math.inf if line["value"] is None else float(line["value"])
         elif line["what"] == "before":
-            self.before[tokens] = config
+            self.before[place] = config
         else:
             raise KeyError(line["what"])
         if "note" in line:
-            self.notes[tokens, config] = line["note"]
+            self.notes[place, config] = line["note"]
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
@@ -92,9 +109,13 @@ class State:
         except OSError as error:
             raise SettingsError(f"{self.path} cannot be written ({error.strerror}): give another --state.") from None
 
-    def add(self, what: str, tokens: int, config: MoeConfig, value: float | None = None, note: str = "") -> None:
+    def add(self, what: str, place: P, config: C, value: float | None = None, note: str = "") -> None:
         """Keeps one finding: "before" (no value), "seconds" or "error"; infinite for a config that does not work."""
-        line: dict[str, Any] = {"what": what, "tokens": tokens, "config": config_object(config)}
+        line: dict[str, Any] = {
+            "what": what,
+            self.form.place: self.form.place_object(place),
+            "config": self.form.config_object(config),
+        }
         if value is not None:
             line |= {"value": value if math.isfinite(value) else None, "machine": self.machine}
         else:

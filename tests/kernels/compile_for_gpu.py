@@ -24,7 +24,7 @@ from qwen3next_plugin.kernels.gdn.triton_split import split
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 ROWS = 4
-CAPABILITIES = (90, 80)
+CAPABILITIES: tuple[int, ...] = (90, 80)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

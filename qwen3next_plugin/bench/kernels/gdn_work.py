@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.conv.reference import causal_conv
-from qwen3next_plugin.kernels.gdn import DraftRecords, gdn_commit, reference, reference_drafts
+from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, gdn_commit, reference, reference_drafts
 from qwen3next_plugin.kernels.gdn.step import DraftRows, GdnParameters, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.norm.reference import rms_norm_gated
 from qwen3next_plugin.spec import GdnSpec
@@ -20,7 +20,7 @@ from qwen3next_plugin.spec import GdnSpec
 from .cases import Case
 from .work import Engine, Normal, Prepared, Work, copies_of
 
-_CHECKED_ROWS = 8
+CHECKED_ROWS = 8
 _CHECKED_TOKENS = 256
 _STATE_SCALE = 0.1
 
@@ -63,10 +63,27 @@ class GdnAbout:
         gates = [part.unflatten(-1, (g.num_k_heads, -1)) for part in reversed(inputs.gates())]
         return torch.cat(heads, dim=-1).flatten(1), torch.cat(gates, dim=-1).flatten(1)
 
-    def prefill_rows(self) -> PrefillRows:
-        """All rows as prompts that begin."""
+    def prefill_rows(self, packed: bool = False) -> PrefillRows:
+        """All rows as prompts that begin; packed: said once more as the host knows them, for an engine's function."""
         begins = torch.zeros(self.rows, dtype=torch.bool, device=self.slots.device)
-        return PrefillRows(self.starts[:-1], self.starts[1:], self.slots[:, 0], begins, self.tokens)
+        told = PackedRows.of([self.tokens] * self.rows, self.slots.device) if packed else None
+        own = self.slots[:, 0]
+        return PrefillRows(self.starts[:-1], self.starts[1:], own, begins, self.tokens, packed=told)
+
+    def records(self) -> DraftRecords:
+        """Room for what one layer's verification of these rows leaves."""
+        sizes = self.sizes
+        return DraftRecords.allocate(
+            1,
+            self.rows,
+            self.tokens,
+            num_k_heads=sizes.num_k_heads,
+            num_v_heads=sizes.num_v_heads,
+            head_k_dim=sizes.head_k_dim,
+            head_v_dim=sizes.head_v_dim,
+            input_dtype=torch.bfloat16,
+            device=self.slots.device,
+        )
 
 
 def gdn_parameters(sizes: GdnSpec, eps: float, normal: Normal) -> GdnParameters:
@@ -119,7 +136,7 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
 
     copies = [inputs() for _ in range(copies_of(moved, passed + slots * (state + window), device))]
     first = copies[0]
-    looked_at = sorted({0, case.rows - 1}) if prefill else range(min(case.rows, _CHECKED_ROWS))
+    looked_at = sorted({0, case.rows - 1}) if prefill else range(min(case.rows, CHECKED_ROWS))
     checked = about.slots[list(looked_at)].flatten().long()
     saved = [(held, held[checked].clone()) for held in (first.conv_state, first.ssm_state)]
 
@@ -130,7 +147,7 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
     if prefill:
         end = min(case.tokens, _CHECKED_TOKENS)
         spans = [(row * case.tokens, row * case.tokens + end) for row in looked_at]
-        own = {"own": Prepared([partial(_prefill, about, about.prefill_rows(), one) for one in copies])}
+        own = {"own": Prepared([partial(run_prefill, about, about.prefill_rows(), one) for one in copies])}
         expected = partial(_expected_prefill, about, first, spans)
     else:
         spans = [(0, len(looked_at) * case.tokens)]
@@ -153,7 +170,8 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
     )
 
 
-def _prefill(about: GdnAbout, rows: PrefillRows, one: GdnInputs) -> Tensor:
+def run_prefill(about: GdnAbout, rows: PrefillRows, one: GdnInputs) -> Tensor:
+    """One call on a copy of the inputs; its output."""
     a, b = one.gates()
     states = (one.conv_state, one.ssm_state, one.out)
     gdn_step(one.qkvz, a, b, about.parameters, *states, prefill=rows)
@@ -161,20 +179,9 @@ def _prefill(about: GdnAbout, rows: PrefillRows, one: GdnInputs) -> Tensor:
 
 
 def _recurrent_calls(about: GdnAbout, copies: list[GdnInputs], drafts: bool, engine: Engine) -> dict[str, Prepared]:
-    sizes = about.sizes
     if not drafts:
-        return {"own": Prepared([partial(_engine_way, about, one, None) for one in copies])}
-    record = DraftRecords.allocate(
-        1,
-        about.rows,
-        about.tokens,
-        num_k_heads=sizes.num_k_heads,
-        num_v_heads=sizes.num_v_heads,
-        head_k_dim=sizes.head_k_dim,
-        head_v_dim=sizes.head_v_dim,
-        input_dtype=torch.bfloat16,
-        device=about.slots.device,
-    )
+        return {"own": Prepared([partial(run_decode, about, one) for one in copies])}
+    record = about.records()
     found = {"own": Prepared([partial(_records_way, about, one, record) for one in copies])}
     if engine == "vllm":  # which takes drafts back by the choice of the slot that the next step begins with
         accepted = torch.ones(about.rows, dtype=torch.int32, device=about.slots.device)
@@ -190,14 +197,24 @@ def _engine_way(about: GdnAbout, one: GdnInputs, accepted: Tensor | None) -> Ten
     return one.out
 
 
-def _records_way(about: GdnAbout, one: GdnInputs, record: DraftRecords) -> Tensor:
+def run_decode(about: GdnAbout, one: GdnInputs) -> Tensor:
+    """Likewise for rows of one token."""
+    return _engine_way(about, one, None)
+
+
+def run_verify(about: GdnAbout, record: DraftRecords, one: GdnInputs) -> Tensor:
+    """Likewise for rows of drafts, which leave ``record`` and no state."""
     a, b = one.gates()
-    own = about.slots[:, 0]
-    rows = DraftRows(about.starts[:-1], about.starts[1:], own, about.tokens)
+    rows = DraftRows(about.starts[:-1], about.starts[1:], about.slots[:, 0], about.tokens)
     windows = one.conv_state[:, :, : about.sizes.conv_kernel_size - 1]
-    gdn_step(
-        one.qkvz, a, b, about.parameters, windows, one.ssm_state, one.out, drafts=(rows, record.layer(0))
-    )  # fmt: skip
+    states = (windows, one.ssm_state, one.out)
+    gdn_step(one.qkvz, a, b, about.parameters, *states, drafts=(rows, record.layer(0)))
+    return one.out
+
+
+def _records_way(about: GdnAbout, one: GdnInputs, record: DraftRecords) -> Tensor:
+    run_verify(about, record, one)
+    own, windows = about.slots[:, 0], one.conv_state[:, :, : about.sizes.conv_kernel_size - 1]
     gdn_commit(windows[None], one.ssm_state[None], record, state_slots=own, last_tokens=about.last)
     return one.out
 
@@ -211,7 +228,7 @@ def _wide(one: GdnInputs, about: GdnAbout, start: int, end: int) -> tuple[Tensor
 
 
 def _expected_recurrent(about: GdnAbout, one: GdnInputs, saved: list[tuple[Tensor, Tensor]]) -> Tensor:
-    rows, p = min(about.rows, _CHECKED_ROWS), about.parameters
+    rows, p = min(about.rows, CHECKED_ROWS), about.parameters
     mixed, z, a, b = _wide(one, about, 0, rows * about.tokens)
     windows, states = (values.unflatten(0, (rows, -1))[:, 0].double() for _, values in saved)
     sizes = about.sizes

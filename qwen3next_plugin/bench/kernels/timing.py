@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -38,11 +39,7 @@ class GraphTimer:
 
     def __call__(self, calls: Sequence[Call]) -> Times:
         """As `Timer`. What cannot be captured (it asks the GPU for a value) is launched from Python instead."""
-
-        def all_calls() -> None:
-            for call in calls:
-                call()
-
+        all_calls = partial(_one_after_another, calls)
         all_calls()  # compiles, tunes itself
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -62,11 +59,27 @@ class GraphTimer:
             return False
 
 
+class EagerTimer(GraphTimer):
+    """Times calls as Python launches them: the host's time where it takes longer than the GPU. So prompts run."""
+
+    def __call__(self, calls: Sequence[Call]) -> Times:
+        """As `Timer`."""
+        all_calls = partial(_one_after_another, calls)
+        all_calls()
+        torch.cuda.synchronize()
+        return Times(_repeated(all_calls, len(calls)), "eager")
+
+
 def graph_timer() -> GraphTimer:
     """A timer for the current GPU. Raises RuntimeError where there is none."""
     if not torch.cuda.is_available():
         raise RuntimeError(_NO_GPU)
     return GraphTimer()
+
+
+def _one_after_another(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def _repeated(action: Callable[[], None], calls: int) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """`qwen3next doctor --kernels`: the table of what runs, as text and as JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,9 @@ from qwen3next_plugin.doctor import kernels
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gpus import target_named
+from qwen3next_plugin.settings import read_settings
+from tests.cpu.tune.gdn_fakes import FakeGdnMachine
+from tests.cpu.tune.gdn_fakes import run as gdn_run
 
 
 def run(*arguments: str) -> str:
@@ -22,10 +26,45 @@ def test_a_line_a_row_of_the_dispatch_table() -> None:
     first, *lines = run("--gpu", "h200").splitlines()
     assert first == "What runs on NVIDIA H200:"
     rows = dispatch.table(target_named("h200"))
-    assert len(lines) == len(rows)
-    for line, row in zip(lines, rows, strict=True):
+    told = [(line, rest.count("\n")) for line, _, rest in (block.partition("\n") for block in _blocks(lines))]
+    assert len(told) == len(rows)
+    for (line, details), row in zip(told, rows, strict=True):
         assert line.startswith(f"{row.operation}: {row.choice.shapes} -> {row.choice.runs}")
-        assert row.choice.why in line and row.choice.tiles in line
+        assert row.choice.why in line and row.choice.tiles in line and details == len(row.choice.details)
+
+
+def _blocks(lines: list[str]) -> list[str]:
+    """A line a row of the table, with the indented ones that follow it."""
+    blocks: list[str] = []
+    for line in lines:
+        if line.startswith("  "):
+            blocks[-1] += line + "\n"
+        else:
+            blocks.append(line + "\n")
+    return blocks
+
+
+def test_what_a_file_decides_of_gated_deltanet_is_told_with_its_reasons(tmp_path: Path) -> None:
+    shown = run("--gpu", "h200")
+    assert "tiles: sm90/gdn.json, in part predictions; `qwen3next tune gdn` measures" in shown
+    assert "  float32 states, from 256 programs on: 2048 elements, 2 warps (measured on an H100" in shown
+    assert "  16-bit states, up to 4 tokens a row, from 0 programs on: 128 rows, 16 warps (a prediction" in shown
+    assert "gdn_prefill: from 512 tokens on, 64 a row -> flashinfer" in shown
+    assert "  a prediction, not measured: what others publish for an H200" in shown
+    assert "any/gdn.json" in run("--gpu", "l40s")
+
+
+def test_a_users_table_is_shown_as_his(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gdn_run(tmp_path, FakeGdnMachine())
+    monkeypatch.setenv("QWEN3NEXT_GDN_CONFIGS", str(tmp_path))
+    try:
+        shown = run("--gpu", "h200")
+    finally:
+        monkeypatch.delenv("QWEN3NEXT_GDN_CONFIGS")
+        read_settings().tell_kernels()
+    assert "tiles: h200/gdn.json, measured by you)" in shown
+    assert "gdn_prefill: from 2048 tokens on, 64 a row -> flashinfer" in shown
+    assert "1.12 to 2.23 times as fast as our own kernels" in shown
 
 
 def test_json_holds_the_same() -> None:
@@ -34,7 +73,9 @@ def test_json_holds_the_same() -> None:
     assert [entry["operation"] for entry in told["operations"]] == [
         row.operation for row in dispatch.table(target_named("a100"))
     ]
-    assert all(entry.keys() == {"operation", "shapes", "runs", "why", "tiles"} for entry in told["operations"])
+    assert all(
+        entry.keys() == {"operation", "shapes", "runs", "why", "tiles", "details"} for entry in told["operations"]
+    )
 
 
 def test_the_device_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,13 @@ import torch
 from sglang.kernels.ops.attention.fla.chunk import chunk_gated_delta_rule
 from torch import Tensor
 
+from qwen3next_plugin.bench.kernels.peers import sglang_context
+from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
 from qwen3next_plugin.sglang_integration.gdn_metadata import prefill_rows
 from qwen3next_plugin.sglang_integration.gdn_peers import fla_peer
-from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows
+from qwen3next_plugin.tune.gdn import engines
+from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows, empty_registry
 
 
 def test_flash_linear_attention() -> None:
@@ -34,6 +37,16 @@ def test_flash_linear_attention() -> None:
         return out, None, initial_state
 
     check_adapter(fla_peer, fake, chunk_gated_delta_rule)
+
+
+def test_a_tuning_gets_what_sglang_has_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With default settings published, which are another test's here."""
+    published: list[None] = []
+    monkeypatch.setattr(sglang_context, "publish", lambda: published.append(None))
+    with empty_registry():
+        engines.offer("sglang")
+        assert "fla" in peers.OFFERS.found and {*peers.OFFERS.found, *peers.OFFERS.missing} == {"fla", "flashinfer"}
+    assert published and "sglang" in engines.engine_versions("sglang")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from qwen3next_plugin.kernels.gpus import KNOWN, Gpu
 from qwen3next_plugin.kernels.moe.config import MoeConfig
 from qwen3next_plugin.tune.model import config_seconds
 from qwen3next_plugin.tune.problem import Problem
-from qwen3next_plugin.tune.run import About, Place, tune
+from qwen3next_plugin.tune.run import tune
 from qwen3next_plugin.tune.search import Winner
+from qwen3next_plugin.tune.session import About, Place
 
 H200 = KNOWN["h200"]
 PUBLISHED = Problem(512, 512, 10, 2048, 512, "fp8")

@@ -47,9 +47,10 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> list[FakeMachine]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_one_sentence_and_exit_code_2() -> None:
+@pytest.mark.parametrize("what", ["moe", "gdn"])
+def test_without_a_gpu_it_is_one_sentence_and_exit_code_2(what: str) -> None:
     program = "from qwen3next_plugin.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", program, "tune", "moe"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program, "tune", what], capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert run.stderr.startswith("qwen3next: There is no NVIDIA GPU here") and "run it there" in run.stderr
 

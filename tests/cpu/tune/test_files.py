@@ -16,7 +16,8 @@ from qwen3next_plugin.kernels.moe.config import CONFIGS, read_file
 from qwen3next_plugin.tune import defaults, files
 from qwen3next_plugin.tune.model import config_seconds
 from qwen3next_plugin.tune.result import as_line, as_table, model_file
-from qwen3next_plugin.tune.run import Progressing, parse_tokens
+from qwen3next_plugin.tune.run import parse_tokens
+from qwen3next_plugin.tune.session import Progressing
 from tests.cpu.tune.fakes import PUBLISHED, FakeMachine, run
 
 SPEC = parse_config(config_of("80b"))

@@ -13,9 +13,10 @@ from qwen3next_plugin.kernels.gpus import KNOWN
 from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, read_file
 from qwen3next_plugin.tune import cuda
 from qwen3next_plugin.tune.cuda import CudaMachine
+from qwen3next_plugin.tune.measuring import GpuLostError, TrialError
 from qwen3next_plugin.tune.problem import Problem
-from qwen3next_plugin.tune.run import About, Place, tune
-from qwen3next_plugin.tune.search import GpuLostError, TrialError
+from qwen3next_plugin.tune.run import tune
+from qwen3next_plugin.tune.session import About, Place
 
 CONFIG = MoeConfig(16, Tile(32, 32, 4, 2), Tile(64, 64, 4, 3))
 PROBLEMS = [Problem(4, 4, 2, 64, 32, "bf16"), Problem(4, 4, 2, 192, 64, "fp8"), Problem(2, 8, 3, 128, 160, "fp8")]
@@ -70,7 +71,7 @@ def test_what_a_failed_run_means(device: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_versions_name_the_kernels() -> None:
-    found = cuda.versions()
+    found = cuda.versions(cuda.moe_files())
     assert found["triton"] and found["torch"] and len(found["kernels"]) == 12
     assert cuda.this_machine() == cuda.this_machine()
 
@@ -82,7 +83,7 @@ def test_a_whole_tuning_on_this_gpu(tmp_path: Path) -> None:
     def machine() -> CudaMachine:
         return CudaMachine(problem, gpu, 2, torch.device("cuda", 0))
 
-    about = About(cuda.versions(), cuda.this_machine())
+    about = About(cuda.versions(cuda.moe_files()), cuda.this_machine())
     place, console = Place(tmp_path, None), Console(quiet=True)
     path, winners = tune(gpu, problem, "quick", (1, 64), place, about, machine, console)
     assert read_file(path).source == "measured"

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from qwen3next_plugin.errors import PluginError, SettingsError
 from qwen3next_plugin.kernels.gpus import KNOWN
 from qwen3next_plugin.kernels.moe.config import MoeConfig, nearest, read_file
+from qwen3next_plugin.tune.measuring import GpuLostError, TrialError
 from qwen3next_plugin.tune.model import config_seconds
 from qwen3next_plugin.tune.problem import Problem
-from qwen3next_plugin.tune.run import About
-from qwen3next_plugin.tune.search import GpuLostError, TrialError
+from qwen3next_plugin.tune.session import About
 from qwen3next_plugin.tune.space import Effort, candidates
 from tests.cpu.tune.fakes import ABOUT, H200, PUBLISHED, SMALL, FakeMachine, Killed, run
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule
 
+from qwen3next_plugin.kernels.gdn import peers
 from qwen3next_plugin.kernels.gdn.peer_flashinfer import flashinfer_peer
+from qwen3next_plugin.tune.gdn import engines
 from qwen3next_plugin.vllm_integration.gdn_peers import fla_peer
-from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows
+from tests.kernels.peer_case import check_adapter, check_installed, delta_rule_rows, empty_registry
 
 
 def test_flash_linear_attention() -> None:
@@ -32,6 +34,13 @@ def test_flash_linear_attention() -> None:
         return out, final
 
     check_adapter(fla_peer, fake, chunk_gated_delta_rule)
+
+
+def test_a_tuning_gets_what_vllm_has_without_a_server() -> None:
+    with empty_registry():
+        engines.offer("vllm")
+        assert "fla" in peers.OFFERS.found and {*peers.OFFERS.found, *peers.OFFERS.missing} == {"fla", "flashinfer"}
+    assert "vllm" in engines.engine_versions("vllm")
 
 
 @pytest.mark.gpu
