@@ -21,10 +21,6 @@ from torch import nn
 
 from .kernels import compilations
 from .kernels.dispatch import TRITON, choose
-from .kernels.gdn import Convolution, PackedRows
-from .kernels.gdn import config as gdn_config
-from .kernels.gdn.peers import launch_around_peers
-from .kernels.gdn.step import PrefillRows, gdn_step
 from .kernels.gemm import FP8, MAX_ROWS, block_fp8_matmul, quantize_tokens, quantized_matmul
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .kernels.moe.config import forced
@@ -36,7 +32,8 @@ from .layers_few import FewRows, few_rows_of
 from .layers_fp8 import Fp8Columns, Fp8Rows
 from .layers_integer import IntegerExperts, IntegerLinear
 from .layers_moe import Experts, SparseMoE
-from .warmup_rows import SKIPPED, StepRows, tokens_a_row
+from .warmup_gdn import launch_gdn
+from .warmup_rows import SKIPPED, StepRows
 
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 65)
 """On both sides of every number of tokens where a kernel's constants change: tiles of rows are powers of two up to 16,
@@ -177,47 +174,7 @@ def _(module: GatedAttentionParts, serving: Serving) -> None:
 
 @_launch.register
 def _(module: GdnParts, serving: Serving) -> None:
-    states = serving.states(module)
-    if states is None:
-        return
-    table = gdn_config.table_of(states[1].device)
-    for rows in serving.steps(module):
-        for one in gdn_config.every_table(table, states[1].element_size(), tokens_a_row(rows)):
-            for tokens in TOKENS:
-                qkvz = serving.zeros(tokens, module.conv_dim + module.num_v_heads * module.head_v_dim)
-                gates = module.gates(serving.zeros(tokens, 2 * module.num_v_heads))
-                out = serving.zeros(tokens, module.num_v_heads, module.head_v_dim)
-                with gdn_config.forced(one):
-                    gdn_step(qkvz, *gates, module.core_parameters(), *states, out, **rows)
-        if "prefill" in rows:
-            _around_peers(module, states, rows["prefill"], serving)
-
-
-def _around_peers(
-    module: GdnParts, states: tuple[torch.Tensor, torch.Tensor], rows: PrefillRows, serving: Serving
-) -> None:
-    """What lies around an engine's own prefill function, if one was tried."""
-    lengths = [1] * rows.state_slots.shape[0]
-    qkv = serving.zeros(len(lengths), module.conv_dim)
-    a, b = module.gates(serving.zeros(len(lengths), 2 * module.num_v_heads))
-    snapshot = None
-    if rows.snapshot_positions is not None and rows.snapshot_slots is not None:
-        snapshot = (rows.snapshot_positions, rows.snapshot_slots)
-    launch_around_peers(
-        PackedRows.of(lengths, serving.device),
-        qkv,
-        (a, b, module.A_log, module.dt_bias),
-        states[1],
-        module.num_k_heads,
-        rows.query_start,
-        rows.query_end,
-        rows.max_query_len,
-        rows.state_slots,
-        rows.has_initial_state,
-        serving.zeros(len(lengths), module.num_v_heads, module.head_v_dim),
-        snapshot,
-        Convolution(module.core_parameters().conv_weight, states[0]),
-    )
+    launch_gdn(module, serving, TOKENS)
 
 
 @_launch.register

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen3next_plugin import warmup as core
+from qwen3next_plugin import warmup_gdn as core
 from qwen3next_plugin.kernels import compilations, dispatch
 from qwen3next_plugin.layers import GdnParts
 from qwen3next_plugin.sglang_integration import warmup
