@@ -14,6 +14,7 @@ behind the delta rule in one launch. Where the engine commits what it accepted a
 drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states of all layers.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -109,13 +110,17 @@ def gdn_prefill(
     chosen = choose(mixed_qkv, backend)
     if rows == 0 or mixed_qkv.shape[0] == 0 or max_query_len == 0:
         return
-    peer = None
+    run: Callable[..., None] | None = None
     if chosen == TRITON and packed is not None:
         check_packed(packed, rows, mixed_qkv)
         _, v_heads, value_dim, key_dim = ssm_state.shape
         shape = HeadShape(num_k_heads, v_heads, key_dim, value_dim, mixed_qkv.dtype)
         peer = choose_peer(shape, packed, mixed_qkv.device, snapshot is not None)
-    if convolution is not None and (peer is None or convolution.width > FUSED_WIDTH):
+        if peer is not None:
+            run = partial(run_peer, peer, packed)
+            if convolution is not None and convolution.width <= FUSED_WIDTH:
+                run, convolution = partial(run, convolution=convolution), None
+    if convolution is not None:
         inputs, mixed_qkv = mixed_qkv, torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
         causal_conv1d_prefill(
             inputs,
@@ -131,14 +136,11 @@ def gdn_prefill(
             snapshot_slots=snapshot_slots,
             backend=backend,
         )
-        convolution = None
-    if peer is not None:
-        run = partial(run_peer, peer, packed, convolution=convolution)
-    elif chosen == TRITON:
-        from .triton_prefill import gdn_prefill as run
-    else:
-        run = reference.gdn_prefill
-    run(
+    if run is None and chosen == TRITON:
+        from . import triton_prefill
+
+        run = triton_prefill.gdn_prefill
+    (run or reference.gdn_prefill)(
         mixed_qkv,
         (a, b, A_log, dt_bias),
         ssm_state,

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,6 @@ def test_another_form_of_the_hooks_event_ends_nothing(monkeypatch: pytest.Monkey
     """Triton's own type says None for constants."""
     monkeypatch.setattr(compilations, "_seen", {})
     kernel = SimpleNamespace(module=f"{compilations.PACKAGE}.norm.triton", name=KERNEL)
-    compiled = {"signature": {"x": "i32"}, "constants": None, "configs": [{}]}
+    compiled: dict[str, Any] = {"signature": {"x": "i32"}, "constants": None, "configs": [{}]}
     compilations._note({"fn": kernel, "compile": compiled, "repr": "said", "key": "so"})
     assert [(found.kernel, found.specialization) for found in compilations.compiled()] == [(KERNEL, "said so")]
