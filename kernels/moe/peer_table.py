@@ -24,11 +24,11 @@ RULES = (
     Rule(
         (9, 0),
         "deepgemm",
-        4096,
+        6144,
         128,
-        "a prediction, not measured: what both products move and what lies around them takes 1.25 ms of an H100's copy "
-        "bandwidth at 8,192 tokens, where our kernels take 1.49; at 2,048, where tiles are a third full, 0.83 for our "
-        "0.72 (benchmarks/NOTES.md)",
+        "measured on an H200 for 513 experts of the published size (benchmarks/results/h200/moe.json): 1.22 ms at "
+        "8,192 tokens where our kernels take 1.36, but 0.70 at 2,048 where they take 0.55; lines through both cross "
+        "near 5,100",
     ),
 )
 

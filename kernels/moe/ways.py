@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch import Choice
-from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
+from ..gemm.policy import FP8_CAPABILITY, INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
 
 MAX_TOKENS = 4  # up to which nothing is sorted
+MAX_WIDE = 2  # up to which FP8 units leave activations wide, and so nothing is sorted
 MANY_PAIRS = 4096  # from which on sorting them in chunks is quicker than scans by every expert
 SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at a time
 
@@ -47,24 +48,28 @@ def chunked(num_pairs: int) -> bool:
 
 
 def rounds(tokens: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
-    """Whether activations are rounded to FP8 that nobody decided on: where their pairs are sorted.
+    """Whether activations are rounded to FP8 that nobody decided on; then their pairs are sorted.
 
     A tile of 16 rows meets an expert's weights then, however few of them are in use; widening those weights for it
-    takes an H200 longer than reading them does (benchmarks/NOTES.md).
+    takes an H200 longer than reading them does. With four tokens it was slower without sorting, too, than stock
+    kernels are that sort and round (benchmarks/NOTES.md).
     """
     blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
-    return blocks and tokens > MAX_TOKENS and has_fp8_units(w13.device)
+    return blocks and tokens > MAX_WIDE and has_fp8_units(w13.device)
 
 
 def way_choices(target: Target) -> list[Choice]:
     """For the table of what runs: the ways below, on that GPU."""
     tiles = config_text(target.slug)
     rounded = fp8_choices(target)[-1]  # or, without FP8 units, widened
-    few, more = f"up to {MAX_TOKENS} tokens, bf16 or FP8 blocks", f"from {MAX_TOKENS + 1} tokens"
+    wide = MAX_WIDE if target.capability >= FP8_CAPABILITY else MAX_TOKENS
     return [
-        Choice(few, why="two launches, nothing is sorted, as hardly two tokens share an expert; activations kept"),
-        Choice(f"{more}, bf16", why="sorted by expert", tiles=tiles),
-        replace(rounded, shapes=f"{more}, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
+        Choice(
+            f"up to {MAX_TOKENS} tokens, bf16; up to {wide}, FP8 blocks",
+            why="two launches, nothing is sorted, as hardly two tokens share an expert; activations kept",
+        ),
+        Choice(f"from {MAX_TOKENS + 1} tokens, bf16", why="sorted by expert", tiles=tiles),
+        replace(rounded, shapes=f"from {wide + 1} tokens, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
         replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
         *peer_choices(target),
     ]

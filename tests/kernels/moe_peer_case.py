@@ -16,6 +16,7 @@ from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
 from tests.helpers import nan_like
 
 CPU = (0, 0)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = ExpertShape(4, 256, 128)
 
 
@@ -106,7 +107,7 @@ def check_peer(peer: Peer) -> None:
     """A stand-in behind an adapter agrees with our own kernels."""
     with empty_registry(rule()):
         peers.OFFERS.offer(peer)
-        peers.try_offers(SHAPE, torch.device("cpu"))
+        peers.try_offers(SHAPE, DEVICE)
         assert not peers.OFFERS.missing and peers.OFFERS.shapes_of(peer.name) == [SHAPE]
 
 
@@ -115,10 +116,15 @@ def check_installed(peer: Peer) -> None:
     in a graph, whose numbers of rows the routing does not change, it gives the bits that it gives outside of one.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    peers.OFFERS.offer(peer)
     for shape in (ExpertShape(513, 2048, 512), ExpertShape(513, 2048, 128)):
         for alignment in (64, 128):
             assert trial(peer, shape, device, alignment) is None
+    with empty_registry():
+        peers.OFFERS.offer(peer)
+        _check_graph(peer, device)
+
+
+def _check_graph(peer: Peer, device: torch.device) -> None:
     w13, w2 = (torch.ones(s, device=device).to(torch.float8_e4m3fn) for s in ((8, 512, 1024), (8, 1024, 256)))
     s13, s2 = torch.rand(8, 4, 8, device=device), torch.rand(8, 8, 2, device=device)
     x = torch.randn(300, 1024, device=device, dtype=torch.bfloat16)

@@ -48,12 +48,16 @@ def own_rule(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", sorted(config.CONFIGS.glob("*/gdn.json")), ids=lambda path: str(path.parent.name))
-def test_shipped_files_say_that_nothing_of_them_was_measured_by_the_tuner(path: Path) -> None:
-    table = read_file(path)
-    assert table.source == "prediction" and "qwen3next tune gdn" in json.loads(path.read_text())["note"]
-    peers = [rule for rule in table.prefill if rule.way.runs != OWN]
-    assert all(rule.why.startswith("a prediction, not measured") for rule in peers)
-    raw = json.loads(path.read_text())
+def test_shipped_files_say_what_of_them_was_measured(path: Path) -> None:
+    table, raw = read_file(path), json.loads(path.read_text())
+    if table.source == "prediction":
+        assert "qwen3next tune gdn" in raw["note"]
+        peers = [rule for rule in table.prefill if rule.way.runs != OWN]
+        assert all(rule.why.startswith("a prediction, not measured") for rule in peers)
+    else:
+        whys = [rule.why for rule in table.decode] + [rule.why for rule in table.verify]
+        whys += [rule.why for rule in table.prefill if rule.way.runs == OWN]
+        assert {why.split(" ")[0] for why in whys} == {"measured", "not"} and raw["measurements"]
     listed = [rule_object(rule) for rule in (*table.prefill, *table.decode, *table.verify)]
     assert listed == raw["prefill"] + raw["decode"] + raw["verify"], "what is written is what is read"
 
@@ -61,13 +65,13 @@ def test_shipped_files_say_that_nothing_of_them_was_measured_by_the_tuner(path: 
 def test_the_most_particular_file_is_taken_and_a_users_folder_comes_first(tmp_path: Path) -> None:
     h200, h20, l40s = (Target(gpus.KNOWN[name].name, gpus.KNOWN[name].capability) for name in ("h200", "h20", "l40s"))
     assert [config.find(gpu).path for gpu in (h200, h20, l40s, gpus.NO_GPU)] == [
-        config.CONFIGS / "sm90" / "gdn.json", config.CONFIGS / "sm90" / "gdn.json", SHIPPED, SHIPPED,
+        config.CONFIGS / "h200" / "gdn.json", config.CONFIGS / "sm90" / "gdn.json", SHIPPED, SHIPPED,
     ]  # fmt: skip
     mine = write(tmp_path)
     config.use_folder(tmp_path)
     assert config.find(h200).path == mine and config.is_users(mine)
     assert config.find(h20).path == config.CONFIGS / "sm90" / "gdn.json"
-    assert config.shipped(h200).source == "prediction", "whatever the user has"
+    assert config.shipped(h200) == read_file(config.CONFIGS / "h200" / "gdn.json"), "whatever the user has"
     family = write(tmp_path, "sm90")
     config._from_files.cache_clear()
     assert config.find(h20).path == family
@@ -75,7 +79,7 @@ def test_the_most_particular_file_is_taken_and_a_users_folder_comes_first(tmp_pa
 
 def test_tables_that_a_kernel_meets() -> None:
     """As before there were files: the same tiles for every number of programs."""
-    table = config.find(Target("NVIDIA H200", (9, 0))).table
+    table = config.find(Target("NVIDIA H100 80GB HBM3", (9, 0))).table
     assert config.decode_tile(table, 4, 255) == config.decode_tile(table, 2, 1) == DecodeTile(None, 16)
     assert config.decode_tile(table, 4, 256) == DecodeTile(2048, 2)
     assert config.decode_tile(table, 2, 4096) == DecodeTile(1024, 2)

@@ -371,8 +371,8 @@ def test_tables_of_chunks() -> None:
         (PackedRows(0, (4,), torch.zeros(2, dtype=torch.int32)), "packed.cu_seqlens is torch.int32"),
     ],
 )
-def test_bad_packed_rows_are_named(packed: PackedRows, message: str) -> None:
-    tokens = make_tokens(4, "cpu")
+def test_bad_packed_rows_are_named(packed: PackedRows, message: str, device: str) -> None:
+    tokens, packed = make_tokens(4, device), replace(packed, cu_seqlens=packed.cu_seqlens.to(device))
     with pytest.raises(ValueError, match=message):
         prefill(tokens, tokens.state(2), [(0, 4, 1)], [False], packed, tokens.out())
 

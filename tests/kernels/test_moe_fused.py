@@ -182,7 +182,9 @@ def test_tensor_parallel_shards_add_up(backend: str, device: str) -> None:
         part13 = w13.unflatten(1, (2, -1))[:, :, rows].flatten(1, 2)
         scale13 = s13.unflatten(1, (2, -1))[:, :, block].flatten(1, 2)
         part2 = w2[:, :, rows].contiguous()
-        parts.append(moe.fused_moe(x, part13, part2, router, ids, scale13, s2[:, :, block], backend=backend))
+        scales = (scale13, s2[:, :, block])
+        part = moe.fused_moe(x, part13, part2, router, ids, *scales, quantize_activations=False, backend=backend)
+        parts.append(part)
     assert_close(parts[0] + parts[1], whole.expected(), 1e-6)
 
 
@@ -212,7 +214,8 @@ def test_a_shared_expert_is_the_last_choice(tokens: int, weights: str, backend: 
     case = problem(torch.zeros(tokens, 3, dtype=torch.int32, device=device), 5, 64, 32, weights)
     x, w13, w2, _, _, s13, s2 = case.tensors
     choices, ids = moe.route(logits, 2, True, x, gate, backend=backend)
-    actual = moe.fused_moe(x, w13, w2, choices, ids, s13, s2, num_shared=1, backend=backend)
+    options = {"quantize_activations": False, "num_shared": 1, "backend": backend}
+    actual = moe.fused_moe(x, w13, w2, choices, ids, s13, s2, **options)
     routed = Problem((x, w13, w2, *moe.reference.route(logits, 2, True), s13, s2), False).expected()
     alone = torch.full((tokens, 1), 4, device=device)
     shared = Problem((x, w13, w2, torch.ones(tokens, 1, device=device), alone, s13, s2), False).expected()

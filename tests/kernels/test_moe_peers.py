@@ -12,7 +12,7 @@ from qwen3next_plugin.kernels.moe import config, peer_table, peer_trial, peers, 
 from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, padded_tokens, rows_for
 
 from .common import assert_close, assert_repeatable
-from .moe_peer_case import SHAPE, FakeDeepGemm, empty_registry, rule
+from .moe_peer_case import DEVICE, SHAPE, FakeDeepGemm, empty_registry, rule
 from .test_moe_fused import Problem, problem, random_ids
 
 pytestmark = [
@@ -27,7 +27,7 @@ HOPPER = Target("NVIDIA H100 80GB HBM3", (9, 0))
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(peer_trial, "TOKENS", 12)
-    with empty_registry(rule()):
+    with empty_registry(rule()), DEVICE:  # what is made here is made where kernels run
         yield
 
 
@@ -39,14 +39,14 @@ def offer(fake: FakeDeepGemm | None = None, shape: ExpertShape = SHAPE) -> FakeD
     """The stand-in, tried; what it is asked for from then on is counted."""
     fake = fake or FakeDeepGemm()
     peers.OFFERS.offer(fake.peer())
-    peers.try_offers(shape, torch.device("cpu"))
+    peers.try_offers(shape, DEVICE)
     fake.rows.clear()
     return fake
 
 
 def plan(tokens: int, w13: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> peers.Plan | None:
     if w13 is None:
-        _, w13, _, _, _, scale, _ = case(random_ids(1, EXPERTS, 2, "cpu")).tensors
+        _, w13, _, _, _, scale, _ = case(random_ids(1, EXPERTS, 2, DEVICE)).tensors
     return peers.plan_for(tokens, 2, w13, scale)
 
 
@@ -56,7 +56,7 @@ def plan(tokens: int, w13: torch.Tensor | None = None, scale: torch.Tensor | Non
 def test_against_float64(routing: str, dtype: torch.dtype, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_table, "RULES", (rule(alignment=alignment),))
     fake = offer()
-    ids = random_ids(37, EXPERTS, 2, "cpu")
+    ids = random_ids(37, EXPERTS, 2, DEVICE)
     if routing == "skewed":  # two experts have none, one has nearly all
         ids[:, 0], ids[:, 1] = 2, torch.where(torch.rand(37) < 0.1, 0, -1)
     elif routing == "one expert":
@@ -86,14 +86,14 @@ def test_nothing_routed_and_no_tokens() -> None:
 def test_many_pairs_are_sorted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "MANY_PAIRS", 64)
     fake = offer()
-    asked = case(random_ids(50, EXPERTS, 3, "cpu"))
+    asked = case(random_ids(50, EXPERTS, 3, DEVICE))
     assert_close(asked.run("triton"), asked.expected(), 4e-2)
     assert len(fake.rows) == 2
 
 
 def test_it_is_no_further_from_float64_than_rounding_to_bfloat16_between_the_products_makes() -> None:
     """Our own kernels round what they activated from float32."""
-    asked = case(random_ids(40, EXPERTS, 2, "cpu"))
+    asked = case(random_ids(40, EXPERTS, 2, DEVICE))
     own = asked.run("triton")
     fake = offer()
     got, expected = asked.run("triton"), asked.expected()
@@ -104,7 +104,7 @@ def test_it_is_no_further_from_float64_than_rounding_to_bfloat16_between_the_pro
 
 def test_results_repeat_and_inputs_stay() -> None:
     fake = offer()
-    asked = case(random_ids(21, EXPERTS, 2, "cpu"))
+    asked = case(random_ids(21, EXPERTS, 2, DEVICE))
     before = [t.clone() for t in asked.tensors]
     assert_repeatable(asked.run, "triton")
     assert len(fake.rows) == 4
@@ -114,7 +114,7 @@ def test_results_repeat_and_inputs_stay() -> None:
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
     offer()
-    asked = case(random_ids(21, EXPERTS, 2, "cpu"))
+    asked = case(random_ids(21, EXPERTS, 2, DEVICE))
     x, w13, w2, router, ids, s13, s2 = asked.tensors
     together, rows = asked.run("triton"), slice(3, 8)
     alone = Problem((x[rows], w13, w2, router[rows], ids[rows], s13, s2), True).run("triton")
@@ -136,7 +136,7 @@ def test_the_number_of_tokens_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_blocks_that_were_tried_and_are_to_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = offer()
-    ids = random_ids(9, EXPERTS, 2, "cpu")
+    ids = random_ids(9, EXPERTS, 2, DEVICE)
     case(ids, experts=EXPERTS + 1).run("triton")
     problem(ids, EXPERTS, HIDDEN, INNER).run("triton")
     problem(ids, EXPERTS, HIDDEN, INNER, "fp8 activations", inner_block=64).run("triton")
@@ -163,7 +163,7 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason() -> None:
         raise RuntimeError("no compiler\nin this place")
 
     peers.OFFERS.offer(Peer("deepgemm", broken))
-    peers.try_offers(SHAPE, torch.device("cpu"))
+    peers.try_offers(SHAPE, DEVICE)
     assert plan(100) is None
     assert "; no deepgemm: RuntimeError: no compiler;" in dispatch.describe("cuda")["fused_moe"]
 
@@ -174,7 +174,7 @@ def test_an_offer_that_raises_is_withdrawn_with_the_reason() -> None:
 def test_an_offer_for_other_blocks_is_not_tried(shape: ExpertShape, why: str) -> None:
     fake = FakeDeepGemm()
     peers.OFFERS.offer(fake.peer())
-    peers.try_offers(shape, torch.device("cpu"))
+    peers.try_offers(shape, DEVICE)
     assert peers.OFFERS.missing == {"deepgemm": f"not for matrices of {why} columns: FP8 blocks have 128"}
     assert not fake.rows
 
@@ -188,14 +188,14 @@ def test_tiles_of_every_height_in_the_table_are_tried(monkeypatch: pytest.Monkey
         FakeDeepGemm().peer().function(call)
 
     peers.OFFERS.offer(Peer("deepgemm", only_low))
-    peers.try_offers(SHAPE, torch.device("cpu"))
+    peers.try_offers(SHAPE, DEVICE)
     assert peers.OFFERS.missing == {"deepgemm": "RuntimeError: too high"} and plan(20) is None
 
 
 def test_a_wish_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     peers.OFFERS.prefer("deepgemm")
     with pytest.raises(ValueError, match="experts of prefills by 'deepgemm' was asked for.*no engine offers it; ask"):
-        peers.try_offers(SHAPE, torch.device("cpu"))
+        peers.try_offers(SHAPE, DEVICE)
     monkeypatch.setattr(peer_table, "RULES", ())
     with pytest.raises(ValueError, match="it cannot be had: not for GPUs of compute capability 0.0"):
         offer()
@@ -227,7 +227,7 @@ def test_few_numbers_of_rows_fit_any_routing() -> None:
         *(2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192)
     }
     for tokens, experts, alignment in ((1, 1, 128), (3, 7, 16), (100, 5, 64), (1000, 3, 128)):
-        for ids in (random_ids(tokens, experts, 1, "cpu"), torch.zeros(tokens, 1, dtype=torch.int32)):
+        for ids in (random_ids(tokens, experts, 1, DEVICE), torch.zeros(tokens, 1, dtype=torch.int32)):
             counts = torch.bincount(ids.flatten(), minlength=experts)
             padded_rows = int(((counts + alignment - 1) // alignment * alignment).sum())
             rows = rows_for(tokens, 1, experts, alignment)
@@ -236,7 +236,7 @@ def test_few_numbers_of_rows_fit_any_routing() -> None:
 
 def test_ways_name_every_number_of_rows() -> None:
     offer()
-    _, w13, _, _, _, s13, _ = case(random_ids(1, EXPERTS, 2, "cpu")).tensors
+    _, w13, _, _, _, s13, _ = case(random_ids(1, EXPERTS, 2, DEVICE)).tensors
     found: dict[Any, tuple[int, int]] = ways.ways_up_to(100, 2, 2, w13, s13, True)
     assert {way.plan.rows for way in found} == {rows_for(tokens, 2, EXPERTS, 16) for tokens in range(1, 101)}
     assert all(way.plan.rows >= rows_for(last, 2, EXPERTS, 16) for way, (_, last) in found.items())

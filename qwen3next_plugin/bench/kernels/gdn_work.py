@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.conv.reference import causal_conv
 from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, gdn_commit, reference, reference_drafts
+from qwen3next_plugin.kernels.gdn.peers import OFFERS
 from qwen3next_plugin.kernels.gdn.step import DraftRows, GdnParameters, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.norm.reference import rms_norm_gated
 from qwen3next_plugin.spec import GdnSpec
@@ -148,6 +149,9 @@ def gdn_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.devi
         end = min(case.tokens, _CHECKED_TOKENS)
         spans = [(row * case.tokens, row * case.tokens + end) for row in looked_at]
         own = {"own": Prepared([partial(run_prefill, about, about.prefill_rows(), one) for one in copies])}
+        if OFFERS.tried:  # then a step whose rows the host knows may run an engine's function
+            packed = about.prefill_rows(packed=True)
+            own["plugin"] = Prepared([partial(run_prefill, about, packed, one) for one in copies])
         expected = partial(_expected_prefill, about, first, spans)
     else:
         spans = [(0, len(looked_at) * case.tokens)]

@@ -4,15 +4,18 @@ import json
 import shlex
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen3next_plugin.activation import plugin_version
-from qwen3next_plugin.config import parse_config
+from qwen3next_plugin.config import Qwen3NextSpec, parse_config
 from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.errors import SettingsError
+from qwen3next_plugin.gdn_peers import try_prefills
+from qwen3next_plugin.kernels.gdn.peers import OFFERS
 from qwen3next_plugin.kernels.gpus import gpu_slug
 from qwen3next_plugin.tune.cuda import this_machine
 
@@ -68,9 +71,19 @@ def builder(moe: MoeBuilder) -> Build:
     def build(case: Case, *rest: Any) -> Work:
         if case.op == "moe":
             return moe(case, *rest)
+        if case.op == "gdn-prefill":
+            _offer_prefills(*rest)
         return (gdn_work if case.op.startswith("gdn") else layer_work)(case, *rest)
 
     return build
+
+
+def _offer_prefills(spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> None:
+    """Has the engine's prefill functions tried, as at its start: what the model runs may be one of them."""
+    if device.type != "cuda" or OFFERS.found or OFFERS.missing:
+        return
+    import_module(f"qwen3next_plugin.{engine}_integration.gdn_peers").offer_prefills()
+    try_prefills(spec.gdn, 1, torch.bfloat16)
 
 
 def write_merged(result: Path, kind: Kind) -> None:

@@ -39,8 +39,8 @@ def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
     w13, scale = fp8_weights()
     found = ways.ways_up_to(3000, 2, 2, w13, scale)
-    assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_TOKENS + 1
-    assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_TOKENS)]
+    assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_WIDE + 1
+    assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_WIDE)]
     assert min(limits[0] for way, limits in found.items() if way.chunks) == ways.MANY_PAIRS // 2
     heights = {way.config.block_m for way in found if way.config is not None}
     assert heights == {16, 32, 64, 128}

@@ -45,13 +45,18 @@ def _blocks(lines: list[str]) -> list[str]:
 
 
 def test_what_a_file_decides_of_gated_deltanet_is_told_with_its_reasons(tmp_path: Path) -> None:
-    shown = run("--gpu", "h200")
+    shown = run("--gpu", "h100")
     assert "tiles: sm90/gdn.json, in part predictions; `qwen3next tune gdn` measures" in shown
     assert "  float32 states, from 256 programs on: 2048 elements, 2 warps (measured on an H100" in shown
     assert "  16-bit states, up to 4 tokens a row, from 0 programs on: 128 rows, 16 warps (a prediction" in shown
     assert "gdn_prefill: from 512 tokens on, 64 a row -> flashinfer" in shown
     assert "  a prediction, not measured: what others publish for an H200" in shown
     assert "any/gdn.json" in run("--gpu", "l40s")
+    measured = run("--gpu", "h200")
+    assert (
+        "tiles: h200/gdn.json" in measured
+        and "(measured on NVIDIA H200 with 16/32 heads, 2026-11-27: 3 shapes" in measured
+    )
 
 
 def test_a_users_table_is_shown_as_his(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
