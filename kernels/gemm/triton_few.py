@@ -1,9 +1,9 @@
 """Products of a few rows with one weight matrix or two, in one launch that waits for the weights' bytes only.
 
 Up to `VECTOR_ROWS` rows are vector products on the plain cores: a program holds all of x and a few of the weight's
-rows, most often whole, and issues their loads before it uses one. More rows are matrix products of 16 rows, in which
-the warps of a program share the columns among them and are summed at its end. Nothing is summed across programs: no
-atomics, and equal inputs give equal bits. Activations are never rounded to FP8.
+rows, most often whole, and issues their loads before it uses one. More rows are matrix products of 8 or 16 rows, in
+which the warps of a program share the columns among them and are summed at its end. Nothing is summed across programs:
+no atomics, and equal inputs give equal bits. Activations are never rounded to FP8.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .reference import GROUP, block_size
 from .triton_few_kernel import few_matmul_kernel
 
 VECTOR_ROWS = 2
-_TILE_ROWS = 16  # of x in a matrix product
+_TILE_ROWS = (8, 16)  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
 _PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
@@ -46,7 +46,7 @@ def tile_of(rows_of_x: int, weight: torch.Tensor) -> Tile:
         return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
     if n >= 32 * _PROGRAMS:
         return Tile(False, 32, 512, num_warps=4, num_stages=3)
-    return Tile(False, 16, 512, num_warps=4, num_stages=4)
+    return Tile(False, 16, 512, num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def few_matmul(
     x = x if x.stride(1) == 1 else x.contiguous()
     if gate is not None and gate.stride(1) != 1:
         gate = gate.contiguous()
-    rows = min(M, VECTOR_ROWS) if one.tile.vector else _TILE_ROWS
+    rows = min(M, VECTOR_ROWS) if one.tile.vector else next(rows for rows in _TILE_ROWS if rows >= M)
     few_matmul_kernel[(one.programs + (other.programs if pair else 0), triton.cdiv(M, rows))](
         x,
         x if gate is None else gate,

@@ -135,28 +135,32 @@ def _matrix_product(
     WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out[:, n] for BLOCK_N rows of the weight: PARTS products of BLOCK_K columns at once, each with its own sum."""
+    """out[:, n] for BLOCK_N rows of the weight: PARTS products of BLOCK_K columns at once, each with its own sum.
+
+    The weight is the left operand: x may then be a tile of eight rows, and takes that much less of the shared memory
+    that the weight's loads wait in.
+    """
     first = tile * BLOCK_N
     rows = first + tl.arange(0, BLOCK_N)
     ms = tl.arange(0, BLOCK_M)
     parts = tl.arange(0, PARTS)
     cols = parts[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    x_at = ms[None, :, None].to(tl.int64)
-    w_ptrs = w_ptr + rows.to(tl.int64)[None, None, :] * w_stride + cols[:, :, None]
+    x_ptrs = x_ptr + ms[None, None, :].to(tl.int64) * x_stride + cols[:, :, None]
+    w_ptrs = w_ptr + rows.to(tl.int64)[None, :, None] * w_stride + cols[:, None, :]
     scale_ptr += (first // SCALE_N) * scale_stride_n
-    sums = tl.zeros([PARTS, BLOCK_M, BLOCK_N], dtype=tl.float32)
+    sums = tl.zeros([PARTS, BLOCK_N, BLOCK_M], dtype=tl.float32)
     for k in range(0, K, PARTS * BLOCK_K):
-        x_mask, w_mask = (ms < M)[None, :, None], (rows < N)[None, None, :]
+        x_mask, w_mask = (ms < M)[None, None, :], (rows < N)[None, :, None]
         if not WHOLE:
             inside = cols < K - k
-            x_mask, w_mask = x_mask & inside[:, None, :], w_mask & inside[:, :, None]
-        x = tl.load(x_ptr + x_at * x_stride + cols[:, None, :] + k, mask=x_mask, other=0.0)
+            x_mask, w_mask = x_mask & inside[:, :, None], w_mask & inside[:, None, :]
+        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
         w = tl.load(w_ptrs + k, mask=w_mask, other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
         if w.dtype == tl.uint8:
             w = decode_e4m3(w)
-        product = tl.dot(x, w.to(x.dtype), input_precision="ieee")
+        product = tl.dot(w.to(x.dtype), x, input_precision="ieee")
         if SCALED:
             places = k + parts * BLOCK_K
             product *= tl.load(scale_ptr + places // SCALE_K * scale_stride_k, mask=places < K, other=0.0)[
@@ -164,7 +168,7 @@ def _matrix_product(
             ]
         sums += product
     out = tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + ms.to(tl.int64)[:, None] * N + rows[None, :], out, mask=(ms < M)[:, None] & (rows < N)[None, :])
+    tl.store(out_ptr + ms.to(tl.int64)[None, :] * N + rows[:, None], out, mask=(ms < M)[None, :] & (rows < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -10,6 +10,7 @@ from typing import Any
 from qwen3next_plugin.errors import SettingsError
 
 from .bounds import OWN, fastest, share_of_ceiling
+from .cases import ALL_CASES
 
 _DETAILS = ("repeats", "spread", "relative_error", "timed")
 _ALIKE = ("commit", "plugin_version", "gpu")
@@ -27,7 +28,9 @@ def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
         if len({state.get(key, state["about"].get(key)) for state in states}) != 1:
             raise SettingsError(f"the state files differ in their {key}: what they measured does not compare.")
     first = states[0]
-    cases = list(dict.fromkeys(case for state in states for case, row in state["rows"].items() if row["done"]))
+    done = dict.fromkeys(case for state in states for case, row in state["rows"].items() if row["done"])
+    usual = {case: place for place, case in enumerate(ALL_CASES[first["kind"]])}
+    cases = sorted(done, key=lambda case: usual.get(case, len(usual)))  # whatever was most urgent to measure
     parts = {
         case: [(state["engine"], state["about"], state["rows"][case]) for state in states if case in state["rows"]]
         for case in cases

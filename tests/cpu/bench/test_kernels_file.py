@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen3next_plugin.bench.check import check_file
+from qwen3next_plugin.bench.kernels.cases import ALL_CASES
 from qwen3next_plugin.bench.kernels.check import check_parts
 from qwen3next_plugin.bench.kernels.plot import family_and_size
 from qwen3next_plugin.bench.kernels.result import merge
@@ -102,12 +103,20 @@ def test_a_run_alone_gives_a_file_that_says_what_it_lacks() -> None:
     assert findings == ["runs: sglang was not run beside it, and may be the faster one."]
 
 
+def unordered(found: list[dict[str, Any]]) -> set[str]:
+    return {case for state in found for case in state["rows"]}
+
+
 def test_a_case_that_no_run_could_prepare_is_in_the_file_with_its_reason() -> None:
     found = states()
     for state in found:
         state["rows"]["norm-add-1"] = {"series": {"own": {"value": None, "why": "OutOfMemoryError"}}, "done": True}
     result = merge(found)
-    assert result["rows"][-1]["why"] == {"own@vllm": "OutOfMemoryError", "own@sglang": "OutOfMemoryError"}
+    unprepared = next(row for row in result["rows"] if row["case"] == "norm-add-1")
+    assert [row["case"] for row in result["rows"]] == [
+        case for case in ALL_CASES["kernels"] if case in unordered(found)
+    ]
+    assert unprepared["why"] == {"own@vllm": "OutOfMemoryError", "own@sglang": "OutOfMemoryError"}
     assert any("norm-add-1: unit, work" in finding for finding in check_parts(result))
 
 
