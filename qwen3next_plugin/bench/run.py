@@ -20,7 +20,7 @@ from .engines import EngineSetup, Limits, command_of, environment_of, told
 from .logits import relative_logit_error
 from .measure import count_experts, decode_length, measure
 from .profile import read_trace, summarize
-from .rows import PROMPT_TOKENS, Engine, Row, Visit
+from .rows import PROMPT_TOKENS, Engine, Row, Side, Visit
 from .server import Server, free_port, serving
 from .state import State, complete_rows, left_to_do, repeats_wanted
 
@@ -44,9 +44,18 @@ class Bench:
     tick: Callable[[str, float | None], None] = lambda text, seconds_left: None
     saved: Callable[[], None] = lambda: None
     seconds_of: dict[str, float] = field(default_factory=dict)
+    builders: dict[Engine, "subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     def run(self) -> bool:
         """Measures all that is left. Returns whether everything is there now (else the deadline came first)."""
+        try:
+            return self._run()
+        finally:
+            for builder in self.builders.values():
+                builder.kill()
+                builder.wait()
+
+    def _run(self) -> bool:
         spec = load_spec(self.model)
         engines = list(dict.fromkeys(visit.side.engine for visit in self.visits))
         abouts = {engine: self._about(engine) for engine in engines}
@@ -54,6 +63,8 @@ class Bench:
         session = self.state.session(machine)
         for engine, about in abouts.items():
             session["about"].setdefault(engine, about)
+        if left_to_do(session, self.visits, self.repeats) and not self._has("start"):
+            self.builders = {engine: self._builder(engine, about) for engine, about in abouts.items()}
         oracle = self._oracle(engines[0]) if self.evidence else None
         self._save()
         elsewhere: set[str] = set()
@@ -88,6 +99,18 @@ class Bench:
             raise BenchError(f"{engine}: `{module}` failed: {last}")
         return done.stdout
 
+    def _builder(self, engine: Engine, about: dict[str, Any]) -> "subprocess.Popen[bytes]":
+        """A process that fills the caches of an engine's visits with what takes a C++ compiler minutes."""
+        setup, place = self.setups[engine], _made(self.work / "prebuild" / engine)
+        environment = environment_of(Side(engine, False), setup, self._caches(Side(engine, False)), place)
+        command = [setup.python, "-m", "qwen3next_plugin.bench.prebuild", str(about["capability"])]
+        with (place / "log").open("wb") as log:
+            return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def _caches(self, side: Side) -> Path:
+        """Sides share what compilers made, unless their starts are to be measured."""
+        return _made(self.work / "caches" / (side.name if self._has("start") else side.engine))
+
     def _about(self, engine: Engine) -> dict[str, Any]:
         """Ceilings and versions, from a process in the engine's environment."""
         self.tick(f"{engine}: measuring what the machine can do", None)
@@ -115,11 +138,10 @@ class Bench:
         known = session["visits"].get(visit.name)
         work = self.work / visit.name
         record = Path(tempfile.mkdtemp(prefix="record-", dir=_made(work)))
-        # Sides share what compilers made, unless their starts are to be measured.
-        caches = self.work / "caches" / (visit.side.name if self._has("start") else visit.side.engine)
+        caches = self._caches(visit.side)
         if visit.cold and known is None and any(row.kind == "start" for row in rows):
             shutil.rmtree(caches, ignore_errors=True)
-        _made(caches)
+            _made(caches)
         setup, port, limits = self.setups[visit.side.engine], free_port(), self._limits()
         command = command_of(visit.side, setup, self.model, limits, port, eager=visit.evidence)
         environment = environment_of(visit.side, setup, caches, record, experts=visit.evidence)
@@ -147,6 +169,8 @@ class Bench:
                 tick("comparing logits with the oracle's")
                 known["relative_logit_error"] = relative_logit_error(server.client, visit.side.engine, oracle)
             self._save()
+            if (builder := self.builders.get(visit.side.engine)) is not None:
+                builder.wait()  # nothing else runs while something is timed
             for row in rows:
                 if visit.evidence:
                     tick(f"{row.name}: counting experts")

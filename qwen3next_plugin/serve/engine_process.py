@@ -18,6 +18,8 @@ REFUSALS = ("qwen3next-plugin: ", f"{STAND_INS}: ")
 
 _EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
 
+_WARNING = re.compile(r"\bWARNING\b")
+
 # What a line of an engine's log says about where its start has got to; the last one that matched is shown.
 _PHASES = [
     (re.compile(pattern), phase)
@@ -44,7 +46,8 @@ def phase_of(line: str) -> str | None:
 def cause_of_death(log: Path, start: int) -> str:
     """The most telling line of a failed start: a refusal of the plugin, else the first exception; "" if there is none.
 
-    Engines pass an exception on through several processes; the first one logged is where it began.
+    Engines pass an exception on through several processes; the first one logged is where it began. Warnings may speak
+    of exceptions that nobody had.
     """
     first = ""
     with log.open(errors="replace") as output:
@@ -53,7 +56,7 @@ def cause_of_death(log: Path, start: int) -> str:
             for refusal in REFUSALS:
                 if line.startswith(refusal):
                     return line.removeprefix(refusal).strip()
-            if not first and (found := _EXCEPTION.search(line)):
+            if not first and not _WARNING.search(line) and (found := _EXCEPTION.search(line)):
                 first = found.group().strip()
     return first
 

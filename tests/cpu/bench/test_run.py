@@ -4,13 +4,14 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from qwen3next_plugin.bench import ceilings
+from qwen3next_plugin.bench import ceilings, prebuild
 from qwen3next_plugin.bench.check import check_file, check_result, result_files
 from qwen3next_plugin.bench.client import BenchError
 from qwen3next_plugin.bench.tables import rewrite
@@ -264,3 +265,35 @@ def test_what_makes_no_sense_is_said_at_once(
     done = _bench(tmp_path, model, python, *given)
     assert isinstance(done.exception, PluginError)
     assert says in str(done.exception)
+
+
+def test_what_takes_a_compiler_minutes_is_built_once_beforehand(tmp_path: Path, model: Path, python: str) -> None:
+    """For both sides, but not where their starts are measured."""
+    done = _bench(tmp_path, model, python, "--rows", "decode-b1", "--order", "A-B", "--repeats", "1")
+    assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+    built = list((tmp_path / "work" / "caches").glob("*/prebuilt"))
+    assert [(path.parent.name, path.read_text()) for path in built] == [("vllm", "None")]
+    assert (tmp_path / "work" / "prebuild" / "vllm" / "log").read_text() == ""
+    starts = tmp_path / "starts"
+    _bench(starts, model, python, "--rows", "cold-start", "--order", "A-B", "--repeats", "1")
+    assert list((starts / "work" / "caches").iterdir()) and not list((starts / "work" / "caches").glob("*/prebuilt"))
+
+
+def test_builders_build_nothing_where_there_is_nothing_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def module(name: str, error: Exception | None = None) -> SimpleNamespace:
+        def build_and_load() -> None:
+            built.append(name)
+            if error is not None:
+                raise error
+
+        return SimpleNamespace(name=name, build_and_load=build_and_load)
+
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
+    assert list(prebuild.modules("8.0")) == []
+    monkeypatch.setitem(sys.modules, "flashinfer.jit.gemm", None)
+    assert list(prebuild.modules("9.0")) == []
+    monkeypatch.setattr(prebuild, "modules", lambda _: [module("broken", RuntimeError("no compiler")), module("whole")])
+    prebuild.main("9.0")
+    assert built == ["broken", "whole"]

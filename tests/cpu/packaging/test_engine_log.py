@@ -42,6 +42,11 @@ TEST AID: {STAND_INS} stands in for sgl_kernel and torchvision; this server is f
             "AssertionError: lazy needs overlap",
         ),
         ("RuntimeError: first\nqwen3next-plugin: the reason\n", "the reason"),
+        (
+            "(APIServer) WARNING 11-27 [system_utils.py:255] It can cause `OSError: Too many open files`.\n"
+            "(EngineCore) ERROR 11-27 [core.py:1510] ValueError: Free memory on device cuda:0\n",
+            "ValueError: Free memory on device cuda:0",
+        ),
         ("killed\n", ""),
     ],
 )
