@@ -47,10 +47,11 @@ def test_the_shared_expert_is_one_choice_more(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_go_to_the_lower_index(backend: str, device: str) -> None:
-    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0, 1.0], [1.0] * 6], device=device)
-    _, ids = moe.route(logits, 4, True, backend=backend)
-    assert ids.tolist() == [[1, 3, 2, 4], [0, 1, 2, 3]]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lower_index(dtype: torch.dtype, backend: str, device: str) -> None:
+    rows = [[0.0, 2.0, 1.0, 2.0, 1.0, 1.0], [1.0] * 6, [-1.0, -2.0, -0.0, -1.0, 0.0, -1.0]]
+    _, ids = moe.route(torch.tensor(rows, device=device).to(dtype), 4, True, backend=backend)
+    assert ids.tolist() == [[1, 3, 2, 4], [0, 1, 2, 3], [2, 4, 0, 3]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,12 +64,12 @@ def test_logits_too_far_apart_for_their_softmax_are_still_ranked(backend: str, d
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_broken_logits_never_give_an_id_out_of_range(backend: str, device: str) -> None:
+def test_broken_logits_never_give_an_id_out_of_range(dtype: torch.dtype, backend: str, device: str) -> None:
     nan, inf = float("nan"), float("inf")
-    logits = torch.tensor(
-        [[nan] * 5, [-inf] * 5, [nan, 1.0, -inf, 3.0, nan], [inf, inf, 0.0, nan, -inf]], device=device
-    )
+    rows = [[nan] * 5, [-inf] * 5, [nan, 1.0, -inf, 3.0, nan], [inf, inf, 0.0, nan, -inf]]
+    logits = torch.tensor(rows, device=device).to(dtype)
     weights, ids = moe.route(logits, 3, True, backend=backend)
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2], [3, 1, 0], [0, 1, 2]]
     assert bool(weights.isnan().all())  # a broken row shows

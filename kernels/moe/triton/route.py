@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 
 _TAKEN = tl.constexpr(-(2**63))
+_TAKEN_SHORT = tl.constexpr(-(2**31))
+_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""The last bits of a logit in float32 that are always zero, so that an expert's number may stand there."""
 
 
 @triton.jit
@@ -21,6 +24,7 @@ def _route_kernel(
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -36,17 +40,28 @@ def _route_kernel(
     # sort like the floats whose bits they are once negative ones are turned round; -0 becomes 0.
     ranked = tl.where(logits == logits, logits + 0.0, float("-inf"))  # NaN never yields an id outside [0, E)
     bits = ranked.to(tl.int32, bitcast=True)
-    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (BLOCK_E - 1 - experts)
-    keys = tl.where(inside, keys, _TAKEN)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # Where a logit leaves room for the index, 32 bits do, which are compared in half the instructions of 64.
+    SHORT: tl.constexpr = BLOCK_E <= 2**ZERO_BITS
+    TAKEN: tl.constexpr = _TAKEN_SHORT if SHORT else _TAKEN
+    LOGIT: tl.constexpr = -(2**ZERO_BITS)
+    if SHORT:
+        keys = (ordered & LOGIT) | (BLOCK_E - 1 - experts)
+    else:
+        keys = (ordered.to(tl.int64) << 32) | (BLOCK_E - 1 - experts)
+    keys = tl.where(inside, keys, TAKEN)
     weights = tl.zeros([BLOCK_K], dtype=tl.float32)
     ids = tl.zeros([BLOCK_K], dtype=tl.int32)
     for place in range(TOP_K):
         best = tl.max(keys, axis=0)
-        keys = tl.where(keys == best, _TAKEN, keys)
-        high = (best >> 32).to(tl.int32)
-        logit = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        keys = tl.where(keys == best, TAKEN, keys)
+        if SHORT:
+            high, low = best & LOGIT, best & (BLOCK_E - 1)
+        else:
+            high, low = (best >> 32).to(tl.int32), (best & 0x7FFFFFFF).to(tl.int32)
+        logit = ((high ^ ((high >> 31) & 0x7FFFFFFF)) & LOGIT).to(tl.float32, bitcast=True)
         weights = tl.where(places == place, tl.exp(logit - largest) / total, weights)
-        ids = tl.where(places == place, BLOCK_E - 1 - (best & 0x7FFFFFFF).to(tl.int32), ids)
+        ids = tl.where(places == place, BLOCK_E - 1 - low, ids)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=0)
     if SHARED:
@@ -93,6 +108,7 @@ def route(
             TOP_K=top_k,
             RENORMALIZE=renormalize,
             SHARED=int(shared),
+            ZERO_BITS=_ZERO_BITS[logits.dtype],
             BLOCK_E=block,
             BLOCK_K=triton.next_power_of_2(top_k + shared),
             BLOCK_H=triton.next_power_of_2(x.shape[1]),
