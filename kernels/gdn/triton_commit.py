@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..conv.triton import BLOCK_D, NUM_WARPS, store_window
+from ..conv.triton_windows import BLOCK_D, NUM_WARPS, store_window
 from .records import DraftRecords
 from .triton_formula import add_write, as_stored
 

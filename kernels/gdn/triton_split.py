@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..conv.triton import earlier, move_windows, tap
+from ..conv.triton_prefill import earlier, tap
+from ..conv.triton_windows import move_windows
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .convolution import Convolution
 from .packed import PackedRows
