@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from qwen3next_plugin.gdn_peers import try_prefills
 from qwen3next_plugin.kernels.gdn.peers import OFFERS
 from qwen3next_plugin.kernels.gpus import gpu_slug
 from qwen3next_plugin.tune.cuda import this_machine
+from qwen3next_plugin.tune.gdn.engines import offer
 
 from ..ceilings import measure_ceilings
 from ..results import write_result
@@ -82,7 +82,7 @@ def _offer_prefills(spec: Qwen3NextSpec, engine: Engine, device: torch.device) -
     """Has the engine's prefill functions tried, as at its start: what the model runs may be one of them."""
     if device.type != "cuda" or OFFERS.found or OFFERS.missing:
         return
-    import_module(f"qwen3next_plugin.{engine}_integration.gdn_peers").offer_prefills()
+    offer(engine)
     try_prefills(spec.gdn, 1, torch.bfloat16)
 
 
