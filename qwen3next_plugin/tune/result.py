@@ -14,6 +14,7 @@ from qwen3next_plugin.kernels.moe.config import FORMAT, MoeConfig, Tile, config_
 from .problem import TOKENS, Problem
 from .search import Winner
 from .space import by_model
+from .texts import cells_of, line_of, table_for
 
 
 def _head(source: str, note: str, gpu: Gpu, problem: Problem) -> dict[str, Any]:
@@ -81,35 +82,14 @@ def config_text(config: MoeConfig) -> str:
     return f"{config.block_m} rows, {tile_text(config.gate_up)}, {tile_text(config.down)}"
 
 
-def speed_text(winner: Winner) -> str:
-    """How many times as fast as before; empty where it did not run before."""
-    faster = winner.before_seconds / winner.seconds
-    return f"{faster:.2f}x" if faster < float("inf") else ""
-
-
 def as_line(winner: Winner) -> str:
     """One line for a log."""
-    several = f", on {winner.machines} machines" if winner.machines > 1 else ""
-    return (
-        f"{winner.tokens} tokens: {1e6 * winner.before_seconds:.1f} -> {1e6 * winner.seconds:.1f} us "
-        f"({speed_text(winner)}) with {config_text(winner.config)}{several}"
-    )
+    return line_of(f"{winner.tokens} tokens", winner, config_text(winner.config))
 
 
 def as_table(winners: Sequence[Winner]) -> Table:
     """For a terminal: one row a number of tokens."""
-    table = Table("tokens", header_style="bold")
-    for title in ("before, us", "after, us", "faster"):
-        table.add_column(title, justify="right")
-    table.add_column("rows, gate-up tile, down tile")
+    table = table_for("tokens", ["rows, gate-up tile, down tile"], winners)
     for winner in winners:
-        table.add_row(
-            str(winner.tokens),
-            f"{1e6 * winner.before_seconds:.1f}",
-            f"{1e6 * winner.seconds:.1f}" + (" *" if winner.machines > 1 else ""),
-            speed_text(winner),
-            config_text(winner.config),
-        )
-    if any(winner.machines > 1 for winner in winners):
-        table.caption = "* measured on more than one machine, which differ by some percent"
+        table.add_row(str(winner.tokens), *cells_of(winner), config_text(winner.config))
     return table

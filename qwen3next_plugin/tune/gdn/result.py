@@ -24,6 +24,7 @@ from qwen3next_plugin.kernels.gdn.table import (
 from qwen3next_plugin.kernels.gpus import Gpu
 
 from ..session import About
+from ..texts import cells_of, line_of, table_for
 from .rules import Step, deciding
 from .search import Part, Result
 from .space import Candidate, Heads
@@ -135,35 +136,16 @@ def text_of(candidate: Candidate) -> str:
     return way_text(candidate) if isinstance(candidate, PrefillWay) else tile_text(candidate)
 
 
-def speed_text(one: Result) -> str:
-    """How many times as fast as before; empty where nothing ran before."""
-    faster = one.before_seconds / one.seconds
-    return f"{faster:.2f}x" if faster < math.inf else ""
-
-
 def as_line(one: Result) -> str:
     """One line for a log."""
-    several = f", on {one.machines} machines" if one.machines > 1 else ""
-    return (
-        f"{one.shape}: {1e6 * one.before_seconds:.1f} -> {1e6 * one.seconds:.1f} us ({speed_text(one)}) "
-        f"with {text_of(one.chosen)}{several}"
-    )
+    return line_of(str(one.shape), one, text_of(one.chosen))
 
 
 def as_table(parts: Sequence[Part]) -> Table:
     """For a terminal: one row a shape."""
-    table = Table("shape", header_style="bold")
-    for title in ("before, us", "after, us", "faster"):
-        table.add_column(title, justify="right")
-    table.add_column("ran before")
-    table.add_column("runs")
     results = [one for part in parts for one in part.results]
+    table = table_for("shape", ["ran before", "runs"], results)
     for one in results:
-        after = f"{1e6 * one.seconds:.1f}" + (" *" if one.machines > 1 else "")
         before = "" if one.before == one.chosen else text_of(one.before)
-        table.add_row(
-            str(one.shape), f"{1e6 * one.before_seconds:.1f}", after, speed_text(one), before, text_of(one.chosen)
-        )
-    if any(one.machines > 1 for one in results):
-        table.caption = "* measured on more than one machine, which differ by some percent"
+        table.add_row(str(one.shape), *cells_of(one), before, text_of(one.chosen))
     return table
