@@ -17,7 +17,7 @@ from qwen3next_plugin.kernels.gpus import NO_GPU
 from tests.helpers import nan_like
 
 from .gdn_case import Tokens, assert_error, formula, limit, make_tokens
-from .peer_case import DIM, delta_rule_part, empty_registry, small
+from .peer_case import DIM, FakeFlashInfer, empty_registry, small
 from .slots import (
     STATE_LAYOUTS,
     Row,
@@ -40,52 +40,6 @@ def described() -> list[str]:
     choices = prefill_choices(NO_GPU)
     assert [choice.runs for choice in choices[:2]] == ["triton"] * 2
     return [f"{choice.runs} {choice.shapes}: {choice.why}" for choice in choices[2:]]
-
-
-class FakeFlashInfer:
-    """The delta rule behind FlashInfer's signature: exp(g), normalised q and k, unscaled, states [N, HV, V, K]."""
-
-    def __init__(self, **spoiled: Any) -> None:
-        self.calls: list[dict[str, Any]] = []
-        self.spoiled = spoiled
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        scale: float,
-        initial_state: Tensor,
-        output_final_state: bool,
-        cu_seqlens: Tensor,
-        output: Tensor,
-        output_state: Tensor,
-        state_checkpoints: Tensor | None = None,
-        checkpoint_cu_starts: Tensor | None = None,
-        checkpoint_every_n_tokens: int = 0,
-        backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
-        assert all(x.is_contiguous() for x in (q, k, v, g, beta, initial_state, output, output_state))
-        assert scale == q.shape[-1] ** -0.5 and output_final_state and backend == "flashinfer"
-        assert g.dtype == beta.dtype == initial_state.dtype == torch.float32 and cu_seqlens.dtype == torch.int64
-        self.calls.append({"tokens": len(q), "rows": len(initial_state), "every": checkpoint_every_n_tokens})
-        for row, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
-            cuts = [start, end]
-            if checkpoint_every_n_tokens:
-                cuts = [*range(start, end, checkpoint_every_n_tokens), end]
-            state = initial_state[row, None]
-            if self.spoiled.get("transposed"):
-                state = state.transpose(-1, -2)
-            for i, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
-                o, state = delta_rule_part(q, k, v, g.log(), beta, slice(first, last), state)
-                output[first:last] = o
-                if checkpoint_every_n_tokens and (last - start) % checkpoint_every_n_tokens == 0:
-                    assert state_checkpoints is not None and checkpoint_cu_starts is not None
-                    state_checkpoints[checkpoint_cu_starts[row] + i] = state[0]
-            output_state[row] = state[0]
-        return output, output_state
 
 
 @pytest.fixture(autouse=True)
