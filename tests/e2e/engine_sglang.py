@@ -16,7 +16,7 @@ import httpx
 import torch
 
 from .engine import TOP_LOGPROBS, Chat, Completion, Engine, RefusedError, Setup
-from .server import Server
+from .server import REQUEST_SECONDS, Server
 
 STATE_EVERY = 64
 """Tokens between two states of a growing answer that are kept; prefill keeps them at multiples of 64 in any case."""
@@ -126,7 +126,7 @@ class SglangEngine(Engine):
             "top_logprobs_num": TOP_LOGPROBS,
             "logprob_start_len": 0 if score_prompt else -1,
         }
-        answer = httpx.post(f"{server.url}/generate", json=body, timeout=600.0)
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=REQUEST_SECONDS)
         if answer.status_code == 400:
             raise RefusedError(answer.text)
         answer.raise_for_status()

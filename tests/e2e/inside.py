@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .server import engine, environment
+from .server import READY_SECONDS, engine, environment
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Drafts:
         return drafts
 
 
-def run_inside(job: Job, seconds: float = 600.0) -> Result:
+def run_inside(job: Job, seconds: float = READY_SECONDS) -> Result:
     """Runs a job in a process of its own, in the environment of an engine: without Triton's interpreter, offline."""
     with tempfile.TemporaryDirectory(prefix="qwen3next-inside-") as folder:
         job_path, result_path, log_path = (Path(folder) / name for name in ("job.json", "result.pt", "log"))
