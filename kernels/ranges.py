@@ -7,15 +7,17 @@ grid then depends on shapes alone and nothing is copied to the host.
 import triton
 import triton.language as tl
 
+from .integers import cdiv
+
 BLOCK_ROWS = 128
 
 
 def max_chunks(tokens: int, rows: int, chunk: int, max_query_len: int | None = None) -> int:
     """How many chunks of ``chunk`` tokens ``rows`` disjoint ranges over ``tokens`` tokens can have at most."""
-    bound = triton.cdiv(tokens, chunk) + rows
+    bound = cdiv(tokens, chunk) + rows
     if max_query_len is None:
         return bound
-    return min(bound, rows * triton.cdiv(max_query_len, chunk))
+    return min(bound, rows * cdiv(max_query_len, chunk))
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv
 from .triton_prefill import activate, causal_conv1d_prefill
 from .triton_windows import BLOCK_D, NUM_WARPS, store_window
 
@@ -117,7 +118,7 @@ def causal_conv1d_update(
 ) -> None:
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_update`; arguments are checked there."""
     dim = x.shape[1]
-    _update_kernel[(query_start.shape[0], triton.cdiv(dim, BLOCK_D))](
+    _update_kernel[(query_start.shape[0], cdiv(dim, BLOCK_D))](
         x,
         weight,
         weight if bias is None else bias.contiguous(),

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .triton_windows import NUM_WARPS, move_windows
 
@@ -148,8 +149,8 @@ def causal_conv1d_prefill(
     """See :func:`qwen3next_plugin.kernels.conv.causal_conv1d_prefill`; arguments are checked there."""
     tokens, dim = x.shape
     rows = query_start.shape[0]
-    block_d = min(triton.next_power_of_2(dim), 32 * NUM_WARPS * PER_THREAD)
-    _prefill_kernel[(max_chunks(tokens, rows, CHUNK), triton.cdiv(dim, block_d))](
+    block_d = min(next_power_of_2(dim), 32 * NUM_WARPS * PER_THREAD)
+    _prefill_kernel[(max_chunks(tokens, rows, CHUNK), cdiv(dim, block_d))](
         x,
         weight,
         weight if bias is None else bias.contiguous(),

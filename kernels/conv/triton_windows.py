@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv
+
 # The state is shifted in place. That is safe because every channel's columns are read and written by one thread, which
 # holds as long as a block has at least one channel a thread.
 NUM_WARPS = 4
@@ -107,7 +109,7 @@ def move_windows(
     """Leave each row's last W - 1 inputs, those of ``x [T, D]`` and before them its history, in its slot, and those up
     to a snapshot's position in that one's; skipped and empty rows have none. For after the convolution of all of them.
     """
-    _windows_kernel[(query_start.shape[0], triton.cdiv(x.shape[1], BLOCK_D))](
+    _windows_kernel[(query_start.shape[0], cdiv(x.shape[1], BLOCK_D))](
         x,
         conv_state,
         query_start,

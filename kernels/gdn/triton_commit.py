@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conv.triton_windows import BLOCK_D, NUM_WARPS, store_window
+from ..integers import cdiv, next_power_of_2
 from .records import DraftRecords
 from .triton_formula import add_write, as_stored
 
@@ -124,8 +125,8 @@ def gdn_commit(
     layers, _, v_heads, value_dim, key_dim = ssm_state.shape
     _, num_records, record_tokens, conv_dim = records.inputs.shape
     rows = min(state_slots.shape[0], num_records)
-    block_v = min(MAX_BLOCK_V, triton.next_power_of_2(value_dim))
-    tiles = v_heads * triton.cdiv(value_dim, block_v) + triton.cdiv(conv_dim, BLOCK_D)
+    block_v = min(MAX_BLOCK_V, next_power_of_2(value_dim))
+    tiles = v_heads * cdiv(value_dim, block_v) + cdiv(conv_dim, BLOCK_D)
     _commit_kernel[(tiles, rows, layers)](
         conv_state,
         ssm_state,
@@ -143,7 +144,7 @@ def gdn_commit(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         WIDTH=conv_state.shape[3] + 1,
-        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_K=next_power_of_2(key_dim),
         BLOCK_V=block_v,
         BLOCK_D=BLOCK_D,
         HAS_SNAPSHOT=snapshot is not None,

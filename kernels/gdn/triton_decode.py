@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, covered
 from .config import decode_tile, table_of
 from .reference import Gates
@@ -265,7 +266,7 @@ def gdn_decode_fused(
     a, b, A_log, dt_bias = gates
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
-    block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    block_k, block_v = next_power_of_2(key_dim), next_power_of_2(value_dim)
     programs = max(rows, tokens) * num_k_heads
     # A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor
     # and one computes while others wait for memory; a program asks for the next tile before it works on this one, for
@@ -311,9 +312,9 @@ def gdn_decode_fused(
         WIDTH=width,
         BLOCK_K=block_k,
         BLOCK_V=block_v,
-        V_BLOCKS=triton.next_power_of_2(triton.cdiv(value_dim, block_v)),
+        V_BLOCKS=next_power_of_2(cdiv(value_dim, block_v)),
         AHEAD=ahead,
-        BLOCK_W=triton.next_power_of_2(width),
+        BLOCK_W=next_power_of_2(width),
         BLOCK_ROWS=BLOCK_ROWS,
         HAS_SNAPSHOT=snapshot_slots is not None,
         num_warps=num_warps,

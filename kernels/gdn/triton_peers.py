@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from .packed import PackedRows
 from .triton_formula import as_stored
 
@@ -110,7 +111,7 @@ def collect(ssm_state: Tensor, state_slots: Tensor, has_initial_state: Tensor) -
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows = state_slots.shape[0]
     collected = torch.empty(rows, v_heads, value_dim, key_dim, dtype=torch.float32, device=ssm_state.device)
-    _collect_kernel[(rows * v_heads, triton.cdiv(value_dim, BLOCK_V))](
+    _collect_kernel[(rows * v_heads, cdiv(value_dim, BLOCK_V))](
         ssm_state,
         collected,
         state_slots,
@@ -139,7 +140,7 @@ def put_back(
     """
     _, v_heads, value_dim, _ = ssm_state.shape
     positions, targets = snapshot or (query_start, query_start)
-    _put_back_kernel[(final.shape[0] * v_heads, triton.cdiv(value_dim, BLOCK_V))](
+    _put_back_kernel[(final.shape[0] * v_heads, cdiv(value_dim, BLOCK_V))](
         final,
         final if checkpoints is None else checkpoints,
         packed.cu_seqlens if checkpoints is None else packed.checkpoint_offsets,
@@ -163,6 +164,6 @@ def _tiles(ssm_state: Tensor) -> dict[str, int]:
         "V_HEADS": v_heads,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_K": triton.next_power_of_2(key_dim),
+        "BLOCK_K": next_power_of_2(key_dim),
         "BLOCK_V": BLOCK_V,
     }

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .config import own_prefill, table_of
 from .reference import SNAPSHOT_GRID, Gates
@@ -272,8 +273,8 @@ def gdn_prefill(
     U = workspace(tokens, v_heads, value_dim)
     P = workspace(tokens, v_heads, CHUNK)
     scales = [workspace(tokens, v_heads, dtype=torch.float32) for _ in range(3)]
-    block_k = max(16, triton.next_power_of_2(key_dim))
-    block_v = max(16, triton.next_power_of_2(value_dim))
+    block_k = max(16, next_power_of_2(key_dim))
+    block_v = max(16, next_power_of_2(value_dim))
     shared = {
         "K_HEADS": num_k_heads,
         "V_HEADS": v_heads,
@@ -313,7 +314,7 @@ def gdn_prefill(
         **shared,
     )
     walk_v = BLOCK_V_NARROW if narrow else min(BLOCK_V_WIDE, block_v)
-    _walk_kernel[(rows * v_heads, triton.cdiv(value_dim, walk_v))](
+    _walk_kernel[(rows * v_heads, cdiv(value_dim, walk_v))](
         mixed_qkv,
         W,
         U,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from .reference import Gates
 from .triton_formula import EPSILON, advance, as_stored, decay_of
 
@@ -121,8 +122,8 @@ def gdn_recurrent(
     a, b, A_log, dt_bias = gates
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows = query_start.shape[0]
-    block_v = min(32, triton.next_power_of_2(value_dim))
-    _recurrent_kernel[(rows * v_heads, triton.cdiv(value_dim, block_v))](
+    block_v = min(32, next_power_of_2(value_dim))
+    _recurrent_kernel[(rows * v_heads, cdiv(value_dim, block_v))](
         mixed_qkv,
         a,
         b,
@@ -148,7 +149,7 @@ def gdn_recurrent(
         V_HEADS=v_heads,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_K=next_power_of_2(key_dim),
         BLOCK_V=block_v,
         HAS_SNAPSHOT=snapshot_slots is not None,
         num_warps=4,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..conv.triton_prefill import earlier, tap
 from ..conv.triton_windows import move_windows
+from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
 from .convolution import Convolution
 from .packed import PackedRows
@@ -162,9 +163,9 @@ def split(
     sizes = [tokens * num_k_heads * head_dim] * 2 + [tokens * v_heads * head_dim]
     qkv = mixed_qkv.new_empty(sum(sizes))
     decay, beta = (torch.empty(tokens, v_heads, dtype=torch.float32, device=mixed_qkv.device) for _ in range(2))
-    block_dim = triton.next_power_of_2(head_dim)
-    heads = min(max(1, MOST_THREADS * PER_THREAD // block_dim), triton.next_power_of_2(num_k_heads))
-    blocks = 2 * triton.cdiv(num_k_heads, heads) + triton.cdiv(v_heads, heads)
+    block_dim = next_power_of_2(head_dim)
+    heads = min(max(1, MOST_THREADS * PER_THREAD // block_dim), next_power_of_2(num_k_heads))
+    blocks = 2 * cdiv(num_k_heads, heads) + cdiv(v_heads, heads)
     width = 0 if convolution is None else convolution.width
     weight, windows = (mixed_qkv, mixed_qkv) if convolution is None else (convolution.weight, convolution.state)
     window_strides = (0, 0, 0) if convolution is None else windows.stride()

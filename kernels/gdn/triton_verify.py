@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, covered
 from .config import table_of, verify_tile
 from .records import DraftRecords
@@ -295,9 +296,9 @@ def gdn_verify_fused(
     a, b, A_log, dt_bias = gates
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows, tokens, width = query_start.shape[0], mixed_qkv.shape[0], conv_weight.shape[1]
-    programs = max(rows, triton.cdiv(tokens, max_query_len)) * v_heads
+    programs = max(rows, cdiv(tokens, max_query_len)) * v_heads
     tile = verify_tile(table_of(ssm_state.device), ssm_state.element_size(), max_query_len, programs)
-    block_v = min(tile.rows, triton.next_power_of_2(value_dim))
+    block_v = min(tile.rows, next_power_of_2(value_dim))
     _gdn_verify_kernel[(programs,)](
         mixed_qkv,
         z,
@@ -335,10 +336,10 @@ def gdn_verify_fused(
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         WIDTH=width,
-        BLOCK_M=triton.next_power_of_2(max_query_len),
-        BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_M=next_power_of_2(max_query_len),
+        BLOCK_K=next_power_of_2(key_dim),
         BLOCK_V=block_v,
-        V_BLOCKS=triton.next_power_of_2(triton.cdiv(value_dim, block_v)),
+        V_BLOCKS=next_power_of_2(cdiv(value_dim, block_v)),
         BLOCK_ROWS=BLOCK_ROWS,
         num_warps=tile.num_warps,
     )

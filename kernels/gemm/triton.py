@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
+from ..integers import cdiv
 from .policy import require_fp8_units, weight_codes
 from .reference import FP8, FP8_MAX, GROUP, block_size
 
@@ -163,13 +164,13 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.gemm.quantize_tokens`; the arguments are taken as checked."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, cols = x.shape
-    groups = triton.cdiv(cols, GROUP)
+    groups = cdiv(cols, GROUP)
     codes = torch.empty((rows, cols), dtype=FP8, device=x.device)
     scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
     if codes.numel():
         require_fp8_units(x.device)
         tile = 1 if rows <= _ROWS_APART else _ROWS_TOGETHER
-        _quantize_tokens_kernel[(triton.cdiv(rows, tile), groups)](
+        _quantize_tokens_kernel[(cdiv(rows, tile), groups)](
             x,
             codes,
             scale,
@@ -258,7 +259,7 @@ def block_fp8_matmul(
         x_scale = scale_inv  # not read
     block_m = 16 if M <= 16 else 64
     block_k = min(128 if quantize_activations or block_m == 16 else 64, scale_k)
-    _block_fp8_matmul_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, 64))](
+    _block_fp8_matmul_kernel[(cdiv(M, block_m), cdiv(N, 64))](
         x,
         x_scale,
         weight,

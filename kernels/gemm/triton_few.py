@@ -9,9 +9,9 @@ no atomics, and equal inputs give equal bits. Activations are never rounded to F
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from ..dispatch import interpreting
+from ..integers import cdiv, next_power_of_2
 from ..rope.triton import sigmoid_gate
 from .policy import weight_codes
 from .reference import GROUP, block_size
@@ -42,7 +42,7 @@ def tile_of(rows_of_x: int, weight: torch.Tensor) -> Tile:
         rows = 4
         while rows > 1 and n < rows * _PROGRAMS:
             rows //= 2
-        columns = max(min(triton.next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
+        columns = max(min(next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
         return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
     if n >= 32 * _PROGRAMS:
         return Tile(False, 32, 512, num_warps=4, num_stages=3)
@@ -64,7 +64,7 @@ class _Cut:
 
     @property
     def programs(self) -> int:
-        return triton.cdiv(self.weight.shape[0], self.block_n)
+        return cdiv(self.weight.shape[0], self.block_n)
 
     @property
     def scale_strides(self) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def few_matmul(
     if gate is not None and gate.stride(1) != 1:
         gate = gate.contiguous()
     rows = min(M, VECTOR_ROWS) if one.tile.vector else next(rows for rows in _TILE_ROWS if rows >= M)
-    few_matmul_kernel[(one.programs + (other.programs if pair else 0), triton.cdiv(M, rows))](
+    few_matmul_kernel[(one.programs + (other.programs if pair else 0), cdiv(M, rows))](
         x,
         x if gate is None else gate,
         one.weight,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import interpreting
+from ..integers import cdiv, next_power_of_2
 from .formats import INT4, group_of
 from .policy import require_integer_products
 
@@ -190,7 +191,7 @@ def quantize_int8_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = torch.empty((rows, cols), dtype=torch.int8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if codes.numel():
-        block = min(1024, triton.next_power_of_2(cols))
+        block = min(1024, next_power_of_2(cols))
         _quantize_int8_tokens_kernel[(rows,)](x, codes, scale, cols, x.stride(0), BLOCK=block, num_warps=4)
     return codes, scale
 
@@ -210,7 +211,7 @@ def stored_words(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def step_of(weight: torch.Tensor, scale: torch.Tensor, wanted: int, columns: int) -> tuple[int, int]:
     """(BLOCK_K, GROUP) for `integer_product` where a step of `wanted` columns, a power of two, would be liked."""
-    wanted = max(_LEAST_STEP, min(wanted, triton.next_power_of_2(columns)))
+    wanted = max(_LEAST_STEP, min(wanted, next_power_of_2(columns)))
     if scale.shape[-1] == 1:
         return wanted, 0
     group = group_of(weight, scale)
@@ -287,7 +288,7 @@ def quantized_matmul(
         x, x_scale = quantize_int8_tokens(x)
     else:
         x = x if x.stride(1) == 1 else x.contiguous()
-    _quantized_matmul_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, 64))](
+    _quantized_matmul_kernel[(cdiv(M, block_m), cdiv(N, 64))](
         x,
         x_scale,
         weight,

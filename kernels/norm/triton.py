@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..integers import cdiv, next_power_of_2
+
 _TILE = 2048  # elements a program holds: small rows are bundled up to it
 
 
@@ -90,9 +92,9 @@ def _launch(
     num_rows = y.numel() // H
     x, inner, x_stride_a, x_stride_b = _rows(x)
     other, _, other_stride_a, other_stride_b = (x, inner, 0, 0) if other is None else _rows(other)
-    block = triton.next_power_of_2(H)
-    rows = max(1, min(_TILE // block, 16, triton.next_power_of_2(num_rows)))
-    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    block = next_power_of_2(H)
+    rows = max(1, min(_TILE // block, 16, next_power_of_2(num_rows)))
+    _rms_norm_kernel[(cdiv(num_rows, rows),)](
         x,
         other,
         weight.contiguous(),

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..integers import cdiv, next_power_of_2
+
 
 @triton.jit
 def _norm_rope_head(head_ptr, weight_ptr, out_ptr, cos_sin_ptr, head_dim, rotary_dim, eps, BLOCK_D: tl.constexpr):
@@ -114,7 +116,7 @@ def qk_norm_rope(
         eps,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         num_warps=1 if head_dim <= 128 else 2,
     )
     return q, k, v, gate
@@ -138,8 +140,8 @@ def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     num_cols = x.shape[-1]
     x, gate = (t.reshape(-1, num_cols) for t in (x, gate))
     x, gate = (t if t.stride(1) == 1 else t.contiguous() for t in (x, gate))
-    block = min(1024, triton.next_power_of_2(num_cols))
-    _sigmoid_gate_kernel[(x.shape[0], triton.cdiv(num_cols, block))](
+    block = min(1024, next_power_of_2(num_cols))
+    _sigmoid_gate_kernel[(x.shape[0], cdiv(num_cols, block))](
         x, gate, out, num_cols, x.stride(0), gate.stride(0), BLOCK=block
     )
     return out

@@ -1,8 +1,9 @@
 """Builds what an engine's first start would wait minutes of a C++ compiler for, while the oracle runs and weights load.
 
 Run as a program in an engine's environment, with the caches of its visits:
-``python -m qwen3next_plugin.bench.prebuild 9.0``, the GPU's compute capability behind it. Both sides of a comparison
-find it there; where starts are measured nothing is built beforehand. What cannot be built is left to the engine.
+``python -m qwen3next_plugin.bench.prebuild vllm 9.0``, the GPU's compute capability behind the engine. Both sides of a
+comparison find it there; where starts are measured nothing is built beforehand. What cannot be built is left to the
+engine.
 """
 
 import os
@@ -13,9 +14,9 @@ from typing import Any
 HOPPER = "9.0"
 
 
-def modules(capability: str) -> Iterator[Any]:
-    """FlashInfer's modules that engines use on such a GPU and that do not come compiled; none without FlashInfer."""
-    if capability != HOPPER:
+def modules(engine: str, capability: str) -> Iterator[Any]:
+    """FlashInfer's modules that an engine uses on such a GPU and that do not come compiled; none without FlashInfer."""
+    if engine != "vllm" or capability != HOPPER:
         return
     # Else FlashInfer asks the GPU, which takes memory that an engine may be counting.
     os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", f"{HOPPER}a")
@@ -23,12 +24,12 @@ def modules(capability: str) -> Iterator[Any]:
         from flashinfer.jit.gemm import gen_fp8_blockscale_gemm_sm90_module
     except ImportError:
         return
-    yield gen_fp8_blockscale_gemm_sm90_module()  # vLLM's products of few rows with FP8 blocks: over two minutes
+    yield gen_fp8_blockscale_gemm_sm90_module()  # products of few rows with FP8 blocks: over two minutes
 
 
-def main(capability: str) -> None:
+def main(engine: str, capability: str) -> None:
     """Builds all of them; says what failed, and goes on."""
-    for module in modules(capability):
+    for module in modules(engine, capability):
         try:
             module.build_and_load()
         except Exception as error:
@@ -38,4 +39,4 @@ def main(capability: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

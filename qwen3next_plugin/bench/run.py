@@ -103,7 +103,7 @@ class Bench:
         """A process that fills the caches of an engine's visits with what takes a C++ compiler minutes."""
         setup, place = self.setups[engine], _made(self.work / "prebuild" / engine)
         environment = environment_of(Side(engine, False), setup, self._caches(Side(engine, False)), place)
-        command = [setup.python, "-m", "qwen3next_plugin.bench.prebuild", str(about["capability"])]
+        command = [setup.python, "-m", "qwen3next_plugin.bench.prebuild", engine, str(about["capability"])]
         with (place / "log").open("wb") as log:
             return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 

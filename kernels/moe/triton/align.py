@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...integers import cdiv, next_power_of_2
 from ..ways import chunked, scan_of
 
 _CHUNK = 128  # pairs that are compared with each other where there are many
@@ -154,7 +155,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
     pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
     scan = scan_of(num_pairs)
-    block_e, many, chunks = triton.next_power_of_2(num_experts), chunked(num_pairs), triton.cdiv(num_pairs, _CHUNK)
+    block_e, many, chunks = next_power_of_2(num_experts), chunked(num_pairs), cdiv(num_pairs, _CHUNK)
     starts = before = ranks = counts
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
@@ -163,7 +164,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
         _chunk_count_kernel[(chunks,)](
             ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=8
         )
-        _running_count_kernel[(triton.cdiv(num_experts, 8),)](
+        _running_count_kernel[(cdiv(num_experts, 8),)](
             before, counts, chunks, num_experts, CHUNKS=128, EXPERTS=8, num_warps=4
         )
     else:

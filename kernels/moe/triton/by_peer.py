@@ -12,6 +12,7 @@ import triton.language as tl
 from ...dispatch import interpreting
 from ...gemm.reference import FP8, FP8_MAX, GROUP
 from ...gemm.triton import quantize_tokens, round_to_fp8
+from ...integers import next_power_of_2
 from ..peers import OFFERS, PeerCall, Plan
 from .align import Tiles, align
 from .combine import weighted_sum
@@ -126,8 +127,8 @@ def _copied(plan: Plan, x: torch.Tensor, tiles: Tiles, top_k: int) -> tuple[Quan
         TOP_K=top_k,
         ALIGNMENT=plan.alignment,
         ROWS=_COPIED,
-        BLOCK_W=triton.next_power_of_2(hidden // 4),
-        BLOCK_G=triton.next_power_of_2(hidden // GROUP),
+        BLOCK_W=next_power_of_2(hidden // 4),
+        BLOCK_G=next_power_of_2(hidden // GROUP),
         num_warps=4,
     )
     return rows, places
@@ -173,7 +174,7 @@ def fused_moe_by_peer(
     function = OFFERS.found[plan.peer].function
     tiles = align(topk_ids, num_experts, plan.alignment)
     ends = torch.empty_like(tiles.counts)
-    block = triton.next_power_of_2(num_experts)
+    block = next_power_of_2(num_experts)
     _ends_kernel[(1,)](tiles.counts, ends, num_experts, ALIGNMENT=plan.alignment, BLOCK_E=block, num_warps=4)
 
     def product(rows: Quantized, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

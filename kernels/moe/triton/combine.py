@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...integers import cdiv, next_power_of_2
+
 
 @triton.jit
 def _weighted_sum_kernel(
@@ -47,8 +49,8 @@ def weighted_sum(
 ) -> None:
     """Fill out [T, H] from values [R, H], a row a pair: the pair's own, or the one that places [T * k] int32 says."""
     tokens, hidden = out.shape
-    block = min(1024, triton.next_power_of_2(hidden))
-    _weighted_sum_kernel[(tokens, triton.cdiv(hidden, block))](
+    block = min(1024, next_power_of_2(hidden))
+    _weighted_sum_kernel[(tokens, cdiv(hidden, block))](
         values,
         topk_ids if places is None else places,
         topk_weights,

@@ -15,6 +15,7 @@ from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
 from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
+from ...integers import cdiv, next_power_of_2
 from ..config import Tile
 from ..ways import choose_way
 from .align import Tiles, align
@@ -156,8 +157,8 @@ def _grouped(
     a may be FP8 codes already, with a_scale; out may take some, with a factor a column tile in out_scale.
     """
     num_pairs, N = out.shape
-    block_n = max(16, min(tile.block_n, triton.next_power_of_2(N)))
-    block_k = max(32 if quantize else 16, min(tile.block_k, triton.next_power_of_2(a.shape[1])))
+    block_n = max(16, min(tile.block_n, next_power_of_2(N)))
+    block_k = max(32 if quantize else 16, min(tile.block_k, next_power_of_2(a.shape[1])))
     scale_n, scale_k, second_scale, pack, fp8 = GROUP, GROUP, 0, 0, False
     if scale is not None:
         scale = scale.contiguous()
@@ -175,7 +176,7 @@ def _grouped(
         a, a_scale = quantize_tokens(a) if fp8 else quantize_int8_tokens(a)
     elif a_scale is None:
         a_scale = a  # not read
-    _grouped_kernel[(triton.cdiv(N, block_n), tiles.max_tiles)](
+    _grouped_kernel[(cdiv(N, block_n), tiles.max_tiles)](
         a,
         a_scale,
         weight,

@@ -12,6 +12,7 @@ import triton.language as tl
 from ...gemm.policy import weight_codes
 from ...gemm.reference import GROUP, block_size
 from ...gemm.triton import widened
+from ...integers import cdiv, next_power_of_2
 
 _ROWS = 16  # of a weight matrix in one program: at one token, 350 programs for gate and up, 128 for down
 _DEPTH = 256  # columns of them loaded at once by gate and up
@@ -151,7 +152,7 @@ def fused_moe_few(
         scale_strides13, scale_strides2 = w13_scale.stride()[:2], w2_scale.stride()[:2]
         w13, w2 = weight_codes(w13), weight_codes(w2)
     block_n = min(_ROWS, rows13)
-    _gate_up_kernel[(triton.cdiv(inner, block_n), tokens * choices)](
+    _gate_up_kernel[(cdiv(inner, block_n), tokens * choices)](
         x,
         w13,
         x if w13_scale is None else w13_scale,
@@ -168,14 +169,14 @@ def fused_moe_few(
         up_offset,
         CHOICES=choices,
         BLOCK_N=block_n,
-        BLOCK_K=min(_DEPTH, triton.next_power_of_2(hidden)),
+        BLOCK_K=min(_DEPTH, next_power_of_2(hidden)),
         SCALE_N=rows13,
         SCALE_K=depth13,
         SCALED=scaled,
         num_warps=4,
     )
-    block_n, block_i = min(_ROWS, rows2), triton.next_power_of_2(inner)
-    _down_kernel[(triton.cdiv(hidden, block_n), tokens)](
+    block_n, block_i = min(_ROWS, rows2), next_power_of_2(inner)
+    _down_kernel[(cdiv(hidden, block_n), tokens)](
         gated,
         w2,
         x if w2_scale is None else w2_scale,
@@ -192,7 +193,7 @@ def fused_moe_few(
         *scale_strides2,
         CHOICES=choices,
         BLOCK_N=block_n,
-        BLOCK_C=max(1, min(triton.next_power_of_2(choices), _LANES // block_i)),
+        BLOCK_C=max(1, min(next_power_of_2(choices), _LANES // block_i)),
         BLOCK_I=block_i,
         SCALE_N=rows2,
         SCALE_K=depth2,

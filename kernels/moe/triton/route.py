@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...integers import next_power_of_2
+
 _TAKEN = tl.constexpr(-(2**63))
 _TAKEN_SHORT = tl.constexpr(-(2**31))
 _ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
@@ -94,7 +96,7 @@ def route(
     weights = logits.new_empty((tokens, top_k + shared), dtype=torch.float32)
     ids = logits.new_empty((tokens, top_k + shared), dtype=torch.int32)
     if tokens:
-        block = triton.next_power_of_2(num_experts)
+        block = next_power_of_2(num_experts)
         _route_kernel[(tokens,)](
             logits,
             x,
@@ -110,8 +112,8 @@ def route(
             SHARED=int(shared),
             ZERO_BITS=_ZERO_BITS[logits.dtype],
             BLOCK_E=block,
-            BLOCK_K=triton.next_power_of_2(top_k + shared),
-            BLOCK_H=triton.next_power_of_2(x.shape[1]),
+            BLOCK_K=next_power_of_2(top_k + shared),
+            BLOCK_H=next_power_of_2(x.shape[1]),
             num_warps=1,  # so that no maximum waits for other warps
         )
     return weights, ids
@@ -150,7 +152,7 @@ def add_shared_expert(
         return out
     tokens, hidden = routed.shape
     routed, shared, x = (t if t.stride(1) == 1 else t.contiguous() for t in (routed, shared, x))
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     _add_shared_expert_kernel[(tokens,)](
         routed,
         shared,

@@ -95,7 +95,7 @@ if __name__ == "__main__":
         print(json.dumps(about))
     elif module.endswith(".prebuild"):
         time.sleep(0.5)
-        (Path(os.environ["XDG_CACHE_HOME"]).parent / "prebuilt").write_text(rest[0])
+        (Path(os.environ["XDG_CACHE_HOME"]).parent / "prebuilt").write_text(" ".join(rest))
     elif module.endswith(".oracle"):
         np.save(rest[1], np.random.default_rng(0).normal(size=(8, 320)))
     else:

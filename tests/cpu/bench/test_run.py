@@ -272,7 +272,7 @@ def test_what_takes_a_compiler_minutes_is_built_once_beforehand(tmp_path: Path, 
     done = _bench(tmp_path, model, python, "--rows", "decode-b1", "--order", "A-B", "--repeats", "1")
     assert done.exit_code == 0, f"{done.output} {done.exception!r}"
     built = list((tmp_path / "work" / "caches").glob("*/prebuilt"))
-    assert [(path.parent.name, path.read_text()) for path in built] == [("vllm", "None")]
+    assert [(path.parent.name, path.read_text()) for path in built] == [("vllm", "vllm None")]
     assert (tmp_path / "work" / "prebuild" / "vllm" / "log").read_text() == ""
     starts = tmp_path / "starts"
     _bench(starts, model, python, "--rows", "cold-start", "--order", "A-B", "--repeats", "1")
@@ -291,9 +291,10 @@ def test_builders_build_nothing_where_there_is_nothing_to_build(monkeypatch: pyt
         return SimpleNamespace(name=name, build_and_load=build_and_load)
 
     monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
-    assert list(prebuild.modules("8.0")) == []
+    assert list(prebuild.modules("vllm", "8.0")) == []
     monkeypatch.setitem(sys.modules, "flashinfer.jit.gemm", None)
-    assert list(prebuild.modules("9.0")) == []
-    monkeypatch.setattr(prebuild, "modules", lambda _: [module("broken", RuntimeError("no compiler")), module("whole")])
-    prebuild.main("9.0")
+    assert list(prebuild.modules("vllm", "9.0")) == list(prebuild.modules("sglang", "9.0")) == []
+    both = [module("broken", RuntimeError("no compiler")), module("whole")]
+    monkeypatch.setattr(prebuild, "modules", lambda *_: both)
+    prebuild.main("vllm", "9.0")
     assert built == ["broken", "whole"]
