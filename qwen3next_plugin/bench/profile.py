@@ -31,7 +31,9 @@ _PATTERNS = tuple(
     for part, pattern in (
         (
             "moe",
-            r"moe|expert|grouped_?gemm|group_?gemm|m_grouped|topk_?(gating|softmax)|route|act_and_mul|silu_and_mul",
+            r"moe|expert|grouped_?gemm|group_?gemm|m_grouped|topk_?(gating|softmax)|route|act_and_mul|silu_and_mul"
+            # DeepGEMM has one kernel for both: behind its sizes N and K stands the number of groups.
+            r"|_impl<\S*Major\)\d, \d+u, \d+u, \d+u, (?!1u)\d+u",
         ),
         (
             "gdn",

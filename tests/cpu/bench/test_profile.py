@@ -57,6 +57,8 @@ def test_a_trace_is_summed_up(tmp_path: Path, name: str) -> None:
             "moe",
             ["moe_align_block_size_kernel", "void deep_gemm::sm90_m_grouped_fp8", "_grouped_kernel", "_place_kernel"],
         ),
+        ("moe", ["void deep_gemm::sm90_fp8_gemm_1d2d_impl<(cute::UMMA::Major)0, 0u, 1024u, 2048u, 513u, 128u, 192u"]),
+        ("dense", ["void deep_gemm::sm90_fp8_gemm_1d2d_impl<(cute::UMMA::Major)0, 0u, 1024u, 2048u, 1u, 256u, 128u"]),
         ("moe", ["topkGatingSoftmax", "void sgl_hopper::act_and_mul_kernel<__nv_bfloat16>", "_route_kernel"]),
         (
             "gdn",

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from qwen3next_plugin.bench import ceilings, prebuild
 from qwen3next_plugin.bench.check import check_file, check_result, result_files
 from qwen3next_plugin.bench.client import BenchError
+from qwen3next_plugin.bench.profile import Launch, summarize
 from qwen3next_plugin.bench.tables import rewrite
 from qwen3next_plugin.cli import app
 from qwen3next_plugin.errors import PluginError, SettingsError
@@ -163,6 +164,9 @@ def test_the_command_refuses_with_a_sentence_and_a_code(result: dict[str, Any], 
     assert "arguments differ" in done.output
 
 
+PROFILE = summarize([Launch("fused_moe_kernel", 0.0, 10.0)], steps=1, layers=1)
+
+
 def test_tables_are_made_from_files(result: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(result))
     document = tmp_path / "README.md"
@@ -177,6 +181,10 @@ def test_tables_are_made_from_files(result: dict[str, Any], tmp_path: Path) -> N
     assert "STALE" not in text
     assert text.startswith("before")
     assert text.endswith("after\n")
+    (tmp_path / "p.json").write_text(json.dumps({"profiles": {"decode-b1": {"stock-vllm": PROFILE}}}))
+    profiles = rewrite("<!-- profiles: p.json -->\nSTALE\n<!-- /bench -->", tmp_path)
+    assert "`decode-b1`, one step:\n\n| part | stock-vllm |" in profiles
+    assert "STALE" not in profiles
     with pytest.raises(SettingsError, match="gone.json"):
         rewrite("<!-- bench: gone.json -->\n<!-- /bench -->", tmp_path)
 
