@@ -51,7 +51,7 @@ def assemble(
         if not sessions:
             break
         number = _session_for(sessions, visits, row, plan["repeats"])
-        out += _rows_of(sessions[number], number, row, engine, model, plan)
+        out += _rows_of(sessions, number, row, engine, model, plan)
     return {
         "format": FORMAT,
         **about,
@@ -122,13 +122,15 @@ def _profiles(sessions: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _rows_of(
-    session: dict[str, Any], number: int, row: Row, engine: Engine, model: Path, plan: dict[str, Any]
+    sessions: list[dict[str, Any]], number: int, row: Row, engine: Engine, model: Path, plan: dict[str, Any]
 ) -> list[dict[str, Any]]:
+    session = sessions[number]
     about = session["about"][engine]
     sides = {name: side_values(session, name, row) for name in ("stock-vllm", "stock-sglang", f"plugin-{engine}")}
     experts = {
         visit["side"]: round(visit["evidence"][row.name]["mean"], 3)
-        for visit in session["visits"].values()
+        for other in [*sessions, session]  # its own counts last, so that they stand
+        for visit in other["visits"].values()
         if row.name in visit["evidence"]
     }
     facts: dict[str, Any] = next(

@@ -1,7 +1,8 @@
 """What a run has measured so far, on disk after every repeat, so that a machine that goes away takes nothing with it.
 
 Sides are compared only within one *session*: one start of one machine. A run that is taken up on another machine opens
-another session, measures there what no earlier session has complete, and keeps the rest.
+another session, measures there what no earlier session has complete, and keeps the rest. What is no comparison of times,
+the experts that were counted and the profiles, is kept whichever session it is from.
 """
 
 import json
@@ -77,7 +78,17 @@ def left_to_do(session: dict[str, Any], visits: list[Visit], repeats: int) -> li
     return todo
 
 
+def told_elsewhere(sessions: list[dict[str, Any]], session: dict[str, Any], visit: Visit, row: Row) -> bool:
+    """Whether another session than ``session`` has this side's counts or profile of a row; False for times."""
+    others = [v for other in sessions if other is not session for v in other["visits"].values()]
+    mine = [known for known in others if known["side"] == visit.side.name]
+    if visit.evidence:
+        return any(row.name in known["evidence"] for known in mine)
+    return row.kind == "profile" and any(known["rows"].get(row.name) for known in mine)
+
+
 def complete_rows(session: dict[str, Any], visits: list[Visit], repeats: int) -> set[str]:
-    """Names of rows that every planned visit of the session has."""
-    missing = {row.name for _, rows in left_to_do(session, visits, repeats) for row in rows}
-    return {row.name for visit in visits for row in visit.rows} - missing
+    """Names of rows that every timed visit of the session has."""
+    timed = [visit for visit in visits if not visit.evidence]
+    missing = {row.name for _, rows in left_to_do(session, timed, repeats) for row in rows}
+    return {row.name for visit in timed for row in visit.rows} - missing

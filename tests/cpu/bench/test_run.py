@@ -233,6 +233,30 @@ def test_another_machine_measures_both_sides_anew(tmp_path: Path, model: Path, p
     assert row["stock"] > 1, "sides of two machines are never compared"
 
 
+def test_counts_and_profiles_may_come_from_another_machine(tmp_path: Path, model: Path, python: str) -> None:
+    few = ("--rows", "decode-b2", "--order", "A-B", "--profile", "decode-b2")
+    assert _bench(tmp_path, model, python, *few).exit_code == 0
+    file = tmp_path / "results" / "try.state.json"
+    state = json.loads(file.read_text())
+    elsewhere = state["sessions"][0]
+    elsewhere["machine"] = "another"
+    del elsewhere["visits"]["vllm-evidence-stock"]  # it was taken away before that, and before this profile
+    del elsewhere["visits"]["vllm-1-stock"]["rows"]["profile-decode-b2"]
+    file.write_text(json.dumps(state))
+    assert _bench(tmp_path, model, python, *few).exit_code == 0
+    here = json.loads(file.read_text())["sessions"][1]["visits"]
+    assert {name: list(visit["rows"]) for name, visit in here.items()} == {
+        "vllm-1-stock": ["profile-decode-b2"],
+        "vllm-evidence-stock": [],
+    }
+    (result,) = result_files([tmp_path / "results"])
+    assert check_file(result) == []
+    content = json.loads(result.read_text())
+    assert [row["session"] for row in content["rows"]] == [0]
+    assert sorted(content["rows"][0]["distinct_experts"]) == ["plugin-vllm", "stock-vllm"]
+    assert sorted(content["profiles"]["decode-b2"]) == ["plugin-vllm", "stock-vllm"]
+
+
 def test_profiles_are_made_after_the_rows(tmp_path: Path, model: Path, python: str) -> None:
     few = ("--rows", "decode-b2", "--no-evidence", "--order", "A-B", "--profile", "decode-b2,prefill-64")
     done = _bench(tmp_path, model, python, *few)
