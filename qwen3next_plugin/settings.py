@@ -58,6 +58,15 @@ class Settings:
             "engine's DeepGEMM, from a few hundred tokens on; auto, whichever is expected to be faster. Default auto.",
         },
     )
+    prefill_graphs: bool = field(
+        default=True,
+        metadata={
+            "variable": "QWEN3NEXT_PREFILL_GRAPHS",
+            "values": {"1": True, "0": False},
+            "help": "vLLM: 0 captures CUDA graphs for decoding only, not for prompts; so do sizes of your own in "
+            "--compilation-config. Default 1.",
+        },
+    )
     gdn_configs: Path | None = field(
         default=None,
         metadata={
@@ -188,6 +197,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
         kernels=cast(Kernels, values.get("kernels", "auto")),
         gdn_prefill=cast(GdnPrefill, values.get("gdn_prefill", "auto")),
         moe_prefill=cast(MoePrefill, values.get("moe_prefill", "auto")),
+        prefill_graphs=bool(values.get("prefill_graphs", True)),
         gdn_configs=cast(Path | None, values.get("gdn_configs")),
         rope=cast(RopeShortcut | None, values.get("rope")),
         moe_configs=cast(Path | None, values.get("moe_configs")),

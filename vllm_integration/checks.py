@@ -13,9 +13,11 @@ from vllm.transformers_utils.config import HFConfigParser
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.errors import PluginError
 from qwen3next_plugin.quantization import check_asked
+from qwen3next_plugin.settings import read_settings
 from qwen3next_plugin.weights import check_checkpoint
 from qwen3next_plugin.weights_shards import check_tensor_parallel
 
+from .prefill_graphs import capture_prompts
 from .refusal import refuse
 from .rope import (
     check_max_model_len,
@@ -54,7 +56,9 @@ class CheckedConfigParser(HFConfigParser):
 
 
 class CheckedCheckpoint(VerifyAndUpdateConfig):
-    """vLLM's hook for an architecture's settings: here the config with its overrides meets the files."""
+    """vLLM's hook for an architecture's settings: here the config with its overrides meets the files, and what else is
+    to be captured is said.
+    """
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -68,5 +72,7 @@ class CheckedCheckpoint(VerifyAndUpdateConfig):
             check_tensor_parallel(spec, vllm_config.parallel_config.tensor_parallel_size)
             if directory.is_dir() and vllm_config.load_config.load_format in ("auto", "hf", "safetensors"):
                 check_checkpoint(directory, spec)
+            if read_settings().prefill_graphs:
+                capture_prompts(vllm_config)
         except PluginError as error:
             refuse(error)

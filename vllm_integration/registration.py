@@ -21,6 +21,7 @@ RELIANCES = [
         ("transformers_utils.config.HFConfigParser.parse", "to read config.json as vLLM does"),
         ("config.model.MODEL_ARCH_CONFIG_CONVERTORS", "to complete the rope before the context length is derived"),
         ("transformers_utils.model_arch_config_convertor.ModelArchConfigConvertorBase.convert", "to complete the rope"),
+        ("config.VllmConfig._set_cudagraph_sizes", "to capture CUDA graphs for prompts, too"),
         ("config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
         ("utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
         ("compilation.breakable_cudagraph.eager_break_during_capture", "to keep the core out of segmented CUDA graphs"),

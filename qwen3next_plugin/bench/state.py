@@ -1,8 +1,8 @@
 """What a run has measured so far, on disk after every repeat, so that a machine that goes away takes nothing with it.
 
 Sides are compared only within one *session*: one start of one machine. A run that is taken up on another machine opens
-another session, measures there what no earlier session has complete, and keeps the rest. What is no comparison of times,
-the experts that were counted and the profiles, is kept whichever session it is from.
+another session, measures there what no earlier session has complete, and keeps the rest. What is no comparison of
+times, the experts that were counted and the profiles, is kept whichever session it is from.
 """
 
 import json

@@ -131,8 +131,17 @@ def test_help_names_every_variable() -> None:
     names = [
         f"QWEN3NEXT_{name}"
         for name in (
-            *("PLUGIN", "KERNELS", "GDN_PREFILL", "MOE_PREFILL", "GDN_CONFIGS", "ROPE", "MOE_CONFIGS", "WARMUP"),
-            *("RECORD", "RECORD_EXPERTS"),
+            *(
+                "PLUGIN",
+                "KERNELS",
+                "GDN_PREFILL",
+                "MOE_PREFILL",
+                "PREFILL_GRAPHS",
+                "GDN_CONFIGS",
+                "ROPE",
+                "MOE_CONFIGS",
+            ),
+            *("WARMUP", "RECORD", "RECORD_EXPERTS"),
         )
     ]
     assert [line.split("=")[0] for line in lines] == names
