@@ -56,28 +56,37 @@ class _GraphBuffers:
 
     def __init__(self, max_rows: int, num_slots: int, device: torch.device) -> None:
         def rows(*shape: int) -> torch.Tensor:
-            return torch.zeros(max_rows, *shape, dtype=torch.int32, device=device)
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-        self.query_start, self.query_end = rows(), rows()
-        self.conv_slots, self.initial_slots, self.output_slots = rows(), rows(), rows(num_slots)
-        self.num_accepted_tokens = rows()
+        self.query_start_loc = rows(max_rows + 1)
+        self.initial_slots, self.output_slots = rows(max_rows), rows(max_rows, num_slots)
+        self.num_accepted_tokens = rows(max_rows)
 
-    def hold(self, rows: RecurrentRows) -> RecurrentRows:
-        """Copies `rows` into the buffers and returns views of them of the same size."""
+    def hold(self, rows: RecurrentRows, query_start_loc: torch.Tensor) -> RecurrentRows:
+        """Copies `rows`, all of a step, into the buffers and returns views of them of the same size.
+
+        Every copy is a launch that a step waits for, and each group of layers makes its own: what is the same tensor
+        twice is copied once.
+        """
 
         def keep(buffer: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             view = buffer[: value.shape[0]]
             view.copy_(value, non_blocking=True)
             return view
 
-        accepted = rows.num_accepted_tokens
+        starts = keep(self.query_start_loc, query_start_loc)
+        slots = keep(self.output_slots, rows.output_slots)
+        initial_slots, accepted = slots[:, 0], rows.num_accepted_tokens
+        if accepted is not None:
+            initial_slots = keep(self.initial_slots, rows.initial_slots)
+            accepted = keep(self.num_accepted_tokens, accepted)
         return RecurrentRows(
-            query_start=keep(self.query_start, rows.query_start),
-            query_end=keep(self.query_end, rows.query_end),
-            conv_slots=keep(self.conv_slots, rows.conv_slots),
-            initial_slots=keep(self.initial_slots, rows.initial_slots),
-            output_slots=keep(self.output_slots, rows.output_slots),
-            num_accepted_tokens=None if accepted is None else keep(self.num_accepted_tokens, accepted),
+            query_start=starts[:-1],
+            query_end=starts[1:],
+            conv_slots=slots[:, 0],
+            initial_slots=initial_slots,
+            output_slots=slots,
+            num_accepted_tokens=accepted,
             max_query_len=rows.max_query_len,
         )
 
@@ -133,7 +142,7 @@ class Qwen3NextGdnMetadataBuilder(GDNAttentionMetadataBuilder):
         if num_recurrent == m.num_reqs:
             rows = self._recurrent(m, slots, slice(None), num_accepted_tokens)
             if self.graph_buffers is not None:
-                rows = self.graph_buffers.hold(rows)
+                rows = self.graph_buffers.hold(rows, m.query_start_loc)
             return Qwen3NextGdnMetadata(prefill=None, recurrent=rows)
 
         # Batches come decode first as a rule, and then both selections are slices; an index costs a copy to the GPU.

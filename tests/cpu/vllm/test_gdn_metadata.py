@@ -9,7 +9,8 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from qwen3next_plugin.vllm_integration.gdn_metadata import Qwen3NextGdnMetadataBuilder
+from qwen3next_plugin.kernels.gdn.step import RecurrentRows
+from qwen3next_plugin.vllm_integration.gdn_metadata import Qwen3NextGdnMetadataBuilder, _GraphBuffers
 
 BLOCK = 16
 
@@ -140,3 +141,24 @@ def test_graphs_replay_at_fixed_addresses_and_padding_does_nothing(drafts: int) 
     assert captured.query_start.tolist() == [0, width, 2 * width]
     assert captured.query_end.tolist() == [width, 2 * width, 2 * width]  # the last row is empty
     assert captured.initial_slots[:2].tolist() == [table[2][width - 1], table[1][0]]
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_rows_for_graphs_are_held_at_the_same_places_step_after_step(drafts: int) -> None:
+    buffers = _GraphBuffers(4, 1 + drafts, torch.device("cpu"))
+    places: list[list[int]] = []
+    for step in range(2):
+        starts = torch.tensor([0, 1, 2, 3], dtype=torch.int32) * (1 + drafts) + step
+        slots = torch.arange(3 * (1 + drafts), dtype=torch.int32).view(3, -1) + 10 * step
+        accepted = torch.tensor([1, 2, 1], dtype=torch.int32) if drafts else None
+        initial = slots[:, 0] if accepted is None else slots.gather(1, (accepted - 1).long()[:, None])[:, 0]
+        asked = RecurrentRows(starts[:-1], starts[1:], slots[:, 0], initial, slots, accepted, 1 + drafts)
+        held = buffers.hold(asked, starts)
+        for name in ("query_start", "query_end", "conv_slots", "initial_slots", "output_slots", "num_accepted_tokens"):
+            wanted, found = getattr(asked, name), getattr(held, name)
+            assert (wanted is None) == (found is None)
+            assert wanted is None or torch.equal(wanted, found), name
+        assert held.max_query_len == asked.max_query_len
+        kept = (held.query_start, held.query_end, held.conv_slots, held.initial_slots, held.output_slots)
+        places.append([tensor.data_ptr() for tensor in kept])
+    assert places[0] == places[1]
