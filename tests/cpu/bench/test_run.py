@@ -13,43 +13,18 @@ from typer.testing import CliRunner
 
 from qwen3next_plugin.bench import ceilings, prebuild
 from qwen3next_plugin.bench.check import check_file, check_result, result_files
-from qwen3next_plugin.bench.client import BenchError
 from qwen3next_plugin.bench.profile import Launch, summarize
 from qwen3next_plugin.bench.tables import rewrite
 from qwen3next_plugin.cli import app
 from qwen3next_plugin.errors import PluginError, SettingsError
 
-ROWS = "decode-b1,decode-b3,prefill-256,cold-start,warm-start"
+from .conftest import ROWS, Bench
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An interpreter whose engines are stand-ins."""
-    wrapper = tmp_path_factory.mktemp("bin") / "python"
-    wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_engine.py")} "$@"\n')
-    wrapper.chmod(0o755)
-    return str(wrapper)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    done = CliRunner().invoke(app, ["bench", "model", str(directory), "--shape", "tiny", "--quantization", "none"])
-    assert done.exit_code == 0, done.output
-    assert not list(directory.glob("*.safetensors"))
-    return directory
-
-
-def _bench(directory: Path, model: Path, python: str, *more: str) -> Any:
-    given = ["--model", str(model), "--vllm-python", python, "--out", str(directory / "results"), "--rows", ROWS]
-    given += ["--work", str(directory / "work"), "--steps", "24", "--commit", "0" * 40, "--name", "try", *more]
-    return CliRunner().invoke(app, ["bench", *given])
-
-
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory, model: Path, python: str) -> dict[str, Any]:
+def result(tmp_path_factory: pytest.TempPathFactory, bench: Bench) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("run")
-    done = _bench(directory, model, python)
+    done = bench(directory)
     assert done.exit_code == 0, f"{done.output} {done.exception!r}"
     (file,) = result_files([directory / "results"])
     assert check_file(file) == []
@@ -189,77 +164,9 @@ def test_tables_are_made_from_files(result: dict[str, Any], tmp_path: Path) -> N
         rewrite("<!-- bench: gone.json -->\n<!-- /bench -->", tmp_path)
 
 
-def test_a_run_that_ended_is_taken_up_again(
-    tmp_path: Path, model: Path, python: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = ("--rows", "decode-b2,prefill-128", "--no-evidence", "--order", "A-B")
-    monkeypatch.setenv("FAKE_DIE", "plugin")
-    done = _bench(tmp_path, model, python, *few)
-    assert isinstance(done.exception, BenchError)
-    state = json.loads((tmp_path / "results" / "try.state.json").read_text())
-    before = state["sessions"][0]["visits"]
-    assert len(before["vllm-1-stock"]["rows"]["prefill-128"]) == 3
-    assert not any(before.get("vllm-2-plugin", {"rows": {}})["rows"].values()), "the plugin's engine died"
-
-    monkeypatch.delenv("FAKE_DIE")
-    done = _bench(tmp_path, model, python, *few)
-    assert done.exit_code == 0, f"{done.output} {done.exception!r}"
-    after = json.loads((tmp_path / "results" / "try.state.json").read_text())["sessions"][0]["visits"]
-    assert len(after["vllm-2-plugin"]["rows"]["prefill-128"]) == 3
-    assert after["vllm-1-stock"] == before["vllm-1-stock"], "what was measured is not measured again"
-
-    done = _bench(tmp_path, model, python, *few[:-1], "A-B-A")
-    assert isinstance(done.exception, PluginError)
-    assert "another order" in str(done.exception)
-
-
-def test_another_machine_measures_both_sides_anew(tmp_path: Path, model: Path, python: str) -> None:
-    few = ("--rows", "decode-b2", "--no-evidence", "--order", "A-B")
-    _bench(tmp_path, model, python, *few)
-    file = tmp_path / "results" / "try.state.json"
-    state = json.loads(file.read_text())
-    elsewhere = state["sessions"][0]
-    elsewhere["machine"] = "another"
-    del elsewhere["visits"]["vllm-2-plugin"]  # it was taken away before the plugin's turn
-    elsewhere["visits"]["vllm-1-stock"]["rows"]["decode-b2"] = [{"value": 1e-3, "steps": 20, "client": None}] * 3
-    file.write_text(json.dumps(state))
-    _bench(tmp_path, model, python, *few)
-    state = json.loads(file.read_text())
-    assert [session["machine"] for session in state["sessions"]] == ["another", ceilings.machine_id()]
-    assert list(state["sessions"][1]["visits"]) == ["vllm-1-stock", "vllm-2-plugin"]
-    (result,) = result_files([tmp_path / "results"])
-    row = json.loads(result.read_text())["rows"][0]
-    assert row["session"] == 1
-    assert row["stock"] > 1, "sides of two machines are never compared"
-
-
-def test_counts_and_profiles_may_come_from_another_machine(tmp_path: Path, model: Path, python: str) -> None:
-    few = ("--rows", "decode-b2", "--order", "A-B", "--profile", "decode-b2")
-    assert _bench(tmp_path, model, python, *few).exit_code == 0
-    file = tmp_path / "results" / "try.state.json"
-    state = json.loads(file.read_text())
-    elsewhere = state["sessions"][0]
-    elsewhere["machine"] = "another"
-    del elsewhere["visits"]["vllm-evidence-stock"]  # it was taken away before that, and before this profile
-    del elsewhere["visits"]["vllm-1-stock"]["rows"]["profile-decode-b2"]
-    file.write_text(json.dumps(state))
-    assert _bench(tmp_path, model, python, *few).exit_code == 0
-    here = json.loads(file.read_text())["sessions"][1]["visits"]
-    assert {name: list(visit["rows"]) for name, visit in here.items()} == {
-        "vllm-1-stock": ["profile-decode-b2"],
-        "vllm-evidence-stock": [],
-    }
-    (result,) = result_files([tmp_path / "results"])
-    assert check_file(result) == []
-    content = json.loads(result.read_text())
-    assert [row["session"] for row in content["rows"]] == [0]
-    assert sorted(content["rows"][0]["distinct_experts"]) == ["plugin-vllm", "stock-vllm"]
-    assert sorted(content["profiles"]["decode-b2"]) == ["plugin-vllm", "stock-vllm"]
-
-
-def test_profiles_are_made_after_the_rows(tmp_path: Path, model: Path, python: str) -> None:
+def test_profiles_are_made_after_the_rows(tmp_path: Path, bench: Bench) -> None:
     few = ("--rows", "decode-b2", "--no-evidence", "--order", "A-B", "--profile", "decode-b2,prefill-64")
-    done = _bench(tmp_path, model, python, *few)
+    done = bench(tmp_path, *few)
     assert done.exit_code == 0, f"{done.output} {done.exception!r}"
     (file,) = result_files([tmp_path / "results"])
     result = json.loads(file.read_text())
@@ -272,8 +179,8 @@ def test_profiles_are_made_after_the_rows(tmp_path: Path, model: Path, python: s
     assert "launches a layer" in done.output
 
 
-def test_time_that_is_up_begins_nothing(tmp_path: Path, model: Path, python: str) -> None:
-    done = _bench(tmp_path, model, python, "--no-evidence", "--minutes", "0")
+def test_time_that_is_up_begins_nothing(tmp_path: Path, bench: Bench) -> None:
+    done = bench(tmp_path, "--no-evidence", "--minutes", "0")
     assert done.exit_code == 0
     assert "same command again" in done.output
     assert json.loads((tmp_path / "results" / "try.state.json").read_text())["sessions"][0]["visits"] == {}
@@ -291,23 +198,21 @@ def test_time_that_is_up_begins_nothing(tmp_path: Path, model: Path, python: str
         (["--profile", "cold-start"], "--profile: 'cold-start'"),
     ],
 )
-def test_what_makes_no_sense_is_said_at_once(
-    tmp_path: Path, model: Path, python: str, given: list[str], says: str
-) -> None:
-    done = _bench(tmp_path, model, python, *given)
+def test_what_makes_no_sense_is_said_at_once(tmp_path: Path, bench: Bench, given: list[str], says: str) -> None:
+    done = bench(tmp_path, *given)
     assert isinstance(done.exception, PluginError)
     assert says in str(done.exception)
 
 
-def test_what_takes_a_compiler_minutes_is_built_once_beforehand(tmp_path: Path, model: Path, python: str) -> None:
+def test_what_takes_a_compiler_minutes_is_built_once_beforehand(tmp_path: Path, bench: Bench) -> None:
     """For both sides, but not where their starts are measured."""
-    done = _bench(tmp_path, model, python, "--rows", "decode-b1", "--order", "A-B", "--repeats", "1")
+    done = bench(tmp_path, "--rows", "decode-b1", "--order", "A-B", "--repeats", "1")
     assert done.exit_code == 0, f"{done.output} {done.exception!r}"
     built = list((tmp_path / "work" / "caches").glob("*/prebuilt"))
     assert [(path.parent.name, path.read_text()) for path in built] == [("vllm", "vllm None")]
     assert (tmp_path / "work" / "prebuild" / "vllm" / "log").read_text() == ""
     starts = tmp_path / "starts"
-    _bench(starts, model, python, "--rows", "cold-start", "--order", "A-B", "--repeats", "1")
+    bench(starts, "--rows", "cold-start", "--order", "A-B", "--repeats", "1")
     assert list((starts / "work" / "caches").iterdir()) and not list((starts / "work" / "caches").glob("*/prebuilt"))
 
 
