@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen3next_plugin.kernels import gdn
 from qwen3next_plugin.kernels.gdn import config
-from qwen3next_plugin.kernels.gdn.table import FORMS, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import FORMS, PROJECTED, VerifyTile
 
 from .gdn_case import assert_error, limit
 from .layer_case import EPS, Layer
@@ -42,7 +42,7 @@ class Case:
         self.layers, self.rows, self.length = layers, rows, length
         self.backend, self.tile = way, None
         if way in FORMS:
-            self.backend, self.tile = "triton", VerifyTile(tile_rows, 4, way)
+            self.backend, self.tile = "triton", VerifyTile(tile_rows, 4 if way == PROJECTED else tile_rows // 8, way)
         self.device, self.state_dtype = tokens.device, state_dtype
         dtype = window_dtype or tokens.mixed_qkv.dtype
         taps = layers[0].conv_weight.shape[1] - 1
