@@ -8,7 +8,7 @@ from ..dispatch import Choice
 from ..gpus import Target
 from . import peers
 from .config import COMMAND, find, is_users
-from .table import OWN, DecodeTile, PrefillRule, PrefillWay, VerifyTile
+from .table import OWN, PROJECTED, DecodeTile, PrefillRule, PrefillWay, VerifyTile
 
 _STATES = {4: "float32", 2: "16-bit"}
 
@@ -63,9 +63,10 @@ def way_text(way: PrefillWay) -> str:
 
 
 def tile_text(tile: DecodeTile | VerifyTile) -> str:
-    """``2048 elements, 2 warps``."""
+    """``2048 elements, 2 warps``; ``all tokens at once, 128 rows, 4 warps`` or ``token by token, ..``."""
     if isinstance(tile, VerifyTile):
-        return f"{tile.rows} rows, {tile.num_warps} warps"
+        form = "all tokens at once" if tile.form == PROJECTED else "token by token"
+        return f"{form}, {tile.rows} rows, {tile.num_warps} warps"
     held = "a whole state" if tile.elements is None else f"{tile.elements} elements"
     return f"{held}, {tile.num_warps} warps"
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .table import (
+    FORMS,
     INVERSES,
+    LEAST_ROWS,
     OWN,
+    PROJECTED,
     RUNNERS,
     DecodeRule,
     DecodeTile,
@@ -100,8 +103,10 @@ def parse_tile(kind: type[Any], one: dict[str, Any]) -> Any:
         if one["elements"] is not None:
             _power("elements", one["elements"], 1 << 16)
         return DecodeTile(one["elements"], one["num_warps"])
-    _power("rows", one["rows"], 256)
-    return VerifyTile(one["rows"], one["num_warps"])
+    if one["form"] not in FORMS:
+        raise ValueError(f"form is {one['form']!r}, which is none of {', '.join(FORMS)}")
+    _power("rows", one["rows"], 256, LEAST_ROWS if one["form"] == PROJECTED else 1)
+    return VerifyTile(one["rows"], one["num_warps"], one["form"])
 
 
 def checked(table: GdnTable) -> GdnTable:
@@ -151,8 +156,8 @@ def _number(name: str, value: object, least: int, most: int = 1 << 40) -> None:
         raise ValueError(f"{name} is {value!r}, which is no whole number from {least} on{_up_to(most)}")
 
 
-def _power(name: str, value: object, most: int) -> None:
-    _number(name, value, 1, most)
+def _power(name: str, value: object, most: int, least: int = 1) -> None:
+    _number(name, value, least, most)
     if isinstance(value, int) and value & (value - 1):
         raise ValueError(f"{name} is {value}, which is no power of two")
 

@@ -42,8 +42,10 @@ def gdn_verify_fused(
     """A few tokens a row (the last accepted one and its drafts) through a layer but its projections; states stay.
 
     The convolution, the gated delta rule and the gated norm as in :func:`.gdn_decode_fused`. Token j of row n leaves
-    in ``record[n, j]`` what :func:`gdn_commit` applies. Between the tokens of a row the state is float32, not rounded
-    to its dtype as it is between the steps of a decode. The output is written whole: a token in no row gets zeros.
+    in ``record[n, j]`` what :func:`gdn_commit` applies. Between the tokens of a row nothing is rounded to the state's
+    dtype, as it is between the steps of a decode. Of one ``max_query_len``, what a token leaves hangs on the tokens
+    before it alone, to the bit. Tokens verified at once equal the same ones verified and committed one by one to about
+    1e-5, float32 sums in another order. The output is written whole: a token in no row gets zeros.
 
     Args:
         mixed_qkv, z, a, b, conv_weight, A_log, dt_bias, norm_weight, norm_eps, conv_state, ssm_state, out, backend: as

@@ -12,9 +12,9 @@ from torch import Tensor
 class DraftRecords:
     """For every token of a row what it does to the row's two states, instead of the states after it.
 
-    The state after a token is ``decay * S + write key^T`` with S the one before it: float32, as the verification had
-    them, so that the state applied later has the bits of the one that was verified. The leading dimension is left out
-    in the records of a single layer.
+    The state after a token is ``decay * S + write key^T`` with S the one before it, all in float32. A token's record
+    hangs on the tokens before it alone, so a state moved by it does not depend on which tokens behind it were verified,
+    or on how many are kept. The leading dimension is left out in the records of a single layer.
 
     inputs ``[layers, R, M, conv_dim]``, the convolution's inputs in the dtype of its state; keys
     ``[layers, R, M, HK, K]``, normalised; writes ``[layers, R, M, HV, V]``; decays ``[layers, R, M, HV]``.

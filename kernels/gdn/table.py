@@ -9,6 +9,10 @@ from ..offers import OWN
 
 RUNNERS = (OWN, "flashinfer", "fla")
 INVERSES = ("doubling", "blocks")
+STEPS, PROJECTED = "steps", "projected"
+FORMS = (STEPS, PROJECTED)
+LEAST_ROWS = 16
+"""Rows and columns of a state that a matrix instruction takes at least, as "projected" does."""
 
 Source = Literal["prediction", "measured"]
 
@@ -74,10 +78,15 @@ class DecodeRule:
 
 @dataclass(frozen=True)
 class VerifyTile:
-    """Rows of a head's state that a program goes through at a time, and its warps."""
+    """Rows of a head's state that a program goes through at a time, its warps, and which kernel it is.
+
+    form: "steps" takes the state from token to token, "projected" reads it once for all of them, 16 rows at a time or
+    more. Their sums differ in their order.
+    """
 
     rows: int
     num_warps: int
+    form: str = STEPS
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def decay_of(a, A_log, dt_bias):
 
 @triton.jit
 def add_write(s, written, k):
-    """s + written k^T, with one rounding an element wherever it stands: a replayed state has the computed one's bits.
+    """s + written k^T, with one rounding an element wherever it stands: decodes and commits of a token round alike.
 
     Left to the compiler, either product of ``s * decay + written * k`` may become part of the sum.
     """

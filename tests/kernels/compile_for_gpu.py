@@ -19,10 +19,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import conv, gdn
-from qwen3next_plugin.kernels.gdn import triton_peers
+from qwen3next_plugin.kernels.gdn import config, triton_peers
+from qwen3next_plugin.kernels.gdn.table import PROJECTED, VerifyTile
 from qwen3next_plugin.kernels.gdn.triton_split import split
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 ROWS = 4
 CAPABILITIES: tuple[int, ...] = (90, 80)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -119,6 +127,8 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
         drafts = rows | {"max_query_len": length, "state_slots": slots[:, 0].contiguous()}
         for state in (ssm_state, narrow):
             gdn.gdn_verify_fused(*whole, norm_weight, own, state, records.layer(0), **gated, **drafts)
+            with config.forced(config.only(config.table_of(state.device), VerifyTile(128, 4, PROJECTED))):
+                gdn.gdn_verify_fused(*whole, norm_weight, own, state, records.layer(0), **gated, **drafts)
             states = (torch.stack([own, own]).as_subclass(OnGpu), torch.stack([state, state]).as_subclass(OnGpu))
             last = {"state_slots": drafts["state_slots"], "last_tokens": kept["snapshot_positions"]}
             gdn.gdn_commit(*states, records, **last)

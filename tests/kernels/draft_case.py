@@ -1,27 +1,34 @@
 """Rows of drafts over layers that share their slots: verified, committed, and compared with the float64 formula."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import gdn
+from qwen3next_plugin.kernels.gdn import config
+from qwen3next_plugin.kernels.gdn.table import FORMS, PROJECTED, VerifyTile
 
 from .gdn_case import assert_error, limit
 from .layer_case import EPS, Layer
 from .slots import Row, assert_only_these_slots_changed, bits, clone_layout, fill_slots, ints, ranges, strided_slots
 
 LENGTH, SLOTS = 3, 12
+WAYS = ("reference", *FORMS)
 
 
 class Case:
-    """Layers that share rows and slots, as a model's do, with records that nothing was written to."""
+    """Layers that share rows and slots, as a model's do, with records that nothing was written to.
+
+    way: one of WAYS, or a backend, where a table chooses the tile; tile_rows: rows of a state at a time otherwise.
+    """
 
     def __init__(
         self,
         layers: Sequence[Layer],
         rows: Sequence[Row],
-        backend: str | None,
+        way: str | None,
         *,
         length: int = LENGTH,
         slots: int = SLOTS,
@@ -29,9 +36,13 @@ class Case:
         state_dtype: torch.dtype = torch.float32,
         window_dtype: torch.dtype | None = None,
         layout: str = "contiguous",
+        tile_rows: int = 16,
     ) -> None:
         tokens = layers[0].tokens
-        self.layers, self.rows, self.backend, self.length = layers, rows, backend, length
+        self.layers, self.rows, self.length = layers, rows, length
+        self.backend, self.tile = way, None
+        if way in FORMS:
+            self.backend, self.tile = "triton", VerifyTile(tile_rows, 4 if way == PROJECTED else tile_rows // 8, way)
         self.device, self.state_dtype = tokens.device, state_dtype
         dtype = window_dtype or tokens.mixed_qkv.dtype
         taps = layers[0].conv_weight.shape[1] - 1
@@ -74,22 +85,24 @@ class Case:
     def verify(self) -> list[Tensor]:
         """The outputs of all layers, poisoned before."""
         outs = []
-        for n, layer in enumerate(self.layers):
-            out = layer.tokens.out()
-            gdn.gdn_verify_fused(
-                *layer.arguments(),
-                self.windows[n],
-                self.states[n],
-                self.records.layer(n),
-                num_k_heads=layer.tokens.k_heads,
-                norm_eps=EPS,
-                **ranges(self.rows, self.device),
-                max_query_len=self.length,
-                state_slots=strided_slots([slot for _, _, slot in self.rows], self.device),
-                out=out,
-                backend=self.backend,
-            )
-            outs.append(out)
+        table = config.table_of(self.windows.device)
+        with nullcontext() if self.tile is None else config.forced(config.only(table, self.tile)):
+            for n, layer in enumerate(self.layers):
+                out = layer.tokens.out()
+                gdn.gdn_verify_fused(
+                    *layer.arguments(),
+                    self.windows[n],
+                    self.states[n],
+                    self.records.layer(n),
+                    num_k_heads=layer.tokens.k_heads,
+                    norm_eps=EPS,
+                    **ranges(self.rows, self.device),
+                    max_query_len=self.length,
+                    state_slots=strided_slots([slot for _, _, slot in self.rows], self.device),
+                    out=out,
+                    backend=self.backend,
+                )
+                outs.append(out)
         return outs
 
     def commit(self, last: Sequence[int], snapshots: Sequence[tuple[int, int]] | None = None) -> None:

@@ -18,10 +18,12 @@ KERNELS = (
     "_put_back_kernel",
     "_recurrent_kernel",
     "_gdn_decode_kernel",
-    "_gdn_verify_kernel",
+    "gdn_verify_steps_kernel",
+    "gdn_verify_projected_kernel",
     "_commit_kernel",
 )
-DRAFTS = ("_gdn_verify_kernel", "_commit_kernel")
+STACK = {"gdn_verify_steps_kernel": 64, "gdn_verify_projected_kernel": 400, "_commit_kernel": 64}
+"""Bytes a thread may spill; 8 tokens at once with float32 states do by far the most, and win 2.6 times nevertheless."""
 SHARED_MEMORY = {"sm_90": 227 * 1024, "sm_80": 163 * 1024}  # bytes a block may have on an H200, on an A100
 
 
@@ -30,7 +32,7 @@ def test_whatever_a_tuning_tries_compiles_for_an_h200(tmp_path: Path) -> None:
     module, triton = "tests.kernels.compile_gdn_candidates", tritons()[-1]
     lines = output_of(module, "default", triton=triton, TRITON_CACHE_DIR=str(tmp_path))
     compiled = [line.split() for line in lines if not line.startswith("took")]
-    names = {"_chunk_kernel", "_walk_kernel", "_gdn_decode_kernel", "_gdn_verify_kernel"}
+    names = {"_chunk_kernel", "_walk_kernel", "_gdn_decode_kernel"} | {name for name in STACK if "verify" in name}
     assert {name for name, *_ in compiled} == names
     for name, target, shared, _, stack, *_ in compiled:
         assert target == "sm_90" and int(shared.removeprefix("shared=")) <= SHARED_MEMORY[target], (name, shared)
@@ -43,6 +45,6 @@ def test_every_kernel_compiles_for_an_h200_and_an_a100(triton: str, tmp_path: Pa
     compiled = [line.split()[:5] for line in lines]
     assert {(name, target) for name, target, *_ in compiled} == set(product(KERNELS, SHARED_MEMORY))
     for name, target, shared, registers, stack in compiled:
-        if name in DRAFTS:
-            assert int(stack.removeprefix("stack=")) <= 64, f"{name} for {target} spills: {registers}, {stack}"
+        if name in STACK:
+            assert int(stack.removeprefix("stack=")) <= STACK[name], f"{name} for {target} spills: {registers}, {stack}"
         assert int(shared.removeprefix("shared=")) <= SHARED_MEMORY[target], f"{name} for {target}: {shared}"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from qwen3next_plugin.kernels import gdn, gpus
 from qwen3next_plugin.kernels.gdn import config, triton_decode, triton_prefill, triton_verify
 from qwen3next_plugin.kernels.gdn.config_file import read_file, rule_object
 from qwen3next_plugin.kernels.gdn.table import (
+    FORMS,
     OWN,
+    PROJECTED,
+    STEPS,
     DecodeTile,
     OwnPrefill,
     PrefillRule,
@@ -78,16 +82,19 @@ def test_the_most_particular_file_is_taken_and_a_users_folder_comes_first(tmp_pa
 
 
 def test_tables_that_a_kernel_meets() -> None:
-    """As before there were files: the same tiles for every number of programs."""
+    """Decodes: as before there were files. Verifications: float32 states of one or two tokens go token by token."""
     table = config.find(Target("NVIDIA H100 80GB HBM3", (9, 0))).table
     assert config.decode_tile(table, 4, 255) == config.decode_tile(table, 2, 1) == DecodeTile(None, 16)
     assert config.decode_tile(table, 4, 256) == DecodeTile(2048, 2)
     assert config.decode_tile(table, 2, 4096) == DecodeTile(1024, 2)
-    found = [
-        [config.verify_tile(table, 4, tokens, programs) for tokens in (1, 2, 3, 4, 5, 8, 9)] for programs in (264, 265)
-    ]
-    few, wide, narrow = VerifyTile(128, 16), VerifyTile(128, 8), VerifyTile(64, 8)
-    assert found == [[few] * 7, [wide, wide, narrow, narrow, few, few, few]]
+    steps, at_once = VerifyTile(128, 8, STEPS), VerifyTile(128, 4, PROJECTED)
+    h200 = config.find(Target(gpus.KNOWN["h200"].name, (9, 0))).table
+    for one, programs in product((table, h200), (32, 1023, 1024, 8192)):
+        found = [[config.verify_tile(one, size, tokens, programs) for tokens in (1, 2, 3, 4, 8, 9)] for size in (4, 2)]
+        two = steps if programs < 1024 else at_once
+        assert found == [[steps] * 2 + [at_once] * 4, [two] * 2 + [at_once] * 4]
+    other = config.find(gpus.NO_GPU).table
+    assert {rule.tile.form for rule in other.verify} == {STEPS}, "where nothing of this was measured"
     assert config.own_prefill(table, 1, 1) == OwnPrefill()
     fitting = [rule.way.runs for rule in config.prefill_rules(table, 1000, 1)]
     assert fitting == ["flashinfer", "own"]
@@ -122,6 +129,11 @@ def test_the_first_rule_that_fits_decides_on_our_own_variant() -> None:
         ({"decode": [RULES["decode"][0] | {"elements": 100}]}, "elements is 100, which is no power of two"),
         ({"verify": RULES["verify"][1:]}, "verify has no rule for 2 tokens and states of 4 bytes from 0 programs on"),
         ({"verify": []}, "verify has no rule for states of 4 bytes"),
+        ({"verify": [RULES["verify"][0] | {"form": "whole"}]}, "form is 'whole', which is none of steps, projected"),
+        (
+            {"verify": [RULES["verify"][0] | {"form": "projected", "rows": 8}]},
+            "rows is 8, which is no whole number from 16 on up to 256",
+        ),
         ({"verify": [RULES["verify"][0] | {"state_bytes": 1}]}, "state_bytes is 1, which is none of 4, 2"),
         ({"verify": [{}]}, "KeyError"),
         ({"decode": 3}, "TypeError"),
@@ -174,11 +186,12 @@ class Noted:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
-    noted = {name: Noted() for name in ("chunk", "walk", "decode", "verify")}
+    noted = {name: Noted() for name in ("chunk", "walk", "decode", *FORMS)}
     monkeypatch.setattr(triton_prefill, "_chunk_kernel", noted["chunk"])
     monkeypatch.setattr(triton_prefill, "_walk_kernel", noted["walk"])
     monkeypatch.setattr(triton_decode, "_gdn_decode_kernel", noted["decode"])
-    monkeypatch.setattr(triton_verify, "_gdn_verify_kernel", noted["verify"])
+    for form in FORMS:
+        monkeypatch.setattr(triton_verify, f"gdn_verify_{form}_kernel", noted[form])
     return noted
 
 
@@ -190,9 +203,13 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         for programs, elements, warps in ((0, None, 16), (8, 32, 1))
     ]
     verify = [
-        {"state_bytes": size, "max_tokens": 4, "min_programs": programs, "rows": rows, "num_warps": 2, "why": "a test"}
+        {"state_bytes": size, "max_tokens": 4, "min_programs": programs, **tile, "num_warps": 2, "why": "a test"}
         for size in (2, 4)
-        for programs, rows in ((0, 8), (8, 4))
+        for programs, tile in (
+            (0, {"rows": 8, "form": STEPS}),
+            (8, {"rows": 4, "form": STEPS}),
+            (10, {"rows": 16, "form": PROJECTED}),
+        )
     ]
     prefill = [own_rule(min_tokens=20, inverse="blocks", chunk_warps=8, chunk_registers=168), own_rule()]
     write(tmp_path, name, prefill=prefill, decode=decode, verify=verify)
@@ -211,7 +228,10 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         gdn.gdn_decode_fused(*layer.arguments(), windows, state, **ranges, **options)
     tiles = [(one["BLOCK_V"], one["AHEAD"], one["num_warps"]) for one in launches["decode"].options]
     assert tiles == [(8, False, 1), (2, True, 1)], "a small head whole by one warp; then 32 elements of 16 columns"
-    for rows in (3, 4):
-        layer = make_layer(3 * rows, device)
+    for rows in (3, 4, 5):
+        layer = make_layer(3 * rows, device, dims=(8, 32))
         Case([layer], [(3 * row, 3 * row + 3, row) for row in range(rows)], "triton").verify()
-    assert [(one["BLOCK_V"], one["num_warps"]) for one in launches["verify"].options] == [(8, 2), (4, 2)]
+    verified = {
+        form: [(one["BLOCK_V"], one["BLOCK_K"], one["num_warps"]) for one in launches[form].options] for form in FORMS
+    }
+    assert verified == {STEPS: [(8, 8, 2), (4, 8, 2)], PROJECTED: [(16, 16, 2)]}

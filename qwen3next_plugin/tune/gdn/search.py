@@ -85,17 +85,11 @@ class Search:
                 group, len(group.shapes) * (len(effort.decode) + 1), partial(self._tiles, group, effort.decode)
             )
         for tokens in effort.drafts:
-            # With 16-bit states only what was among the better ones with float32 is tried.
-            kept: list[Candidate] = list(effort.verify)
-
-            def find(group: Group, kept: list[Candidate] = kept) -> Part:
-                part = self._tiles(group, tuple(kept))
-                kept[:] = part.kept
-                return part
-
             for state_bytes in STATE_BYTES:
                 group = verifications(effort, tokens, state_bytes)
-                yield Planned(group, len(group.shapes) * (len(effort.verify) + 1), partial(find, group))
+                yield Planned(
+                    group, len(group.shapes) * (len(effort.verify) + 1), partial(self._tiles, group, effort.verify)
+                )
 
     def _prefill(self, group: Group) -> Part:
         """Our own variants and the peers. The kernels' times add up: stages are tried with the best first kernel."""

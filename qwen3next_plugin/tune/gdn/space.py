@@ -9,7 +9,16 @@ from typing import Any, Literal
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gdn.config import decode_tile, prefill_rules, verify_tile
 from qwen3next_plugin.kernels.gdn.config_file import parse_tile, parse_way, way_object
-from qwen3next_plugin.kernels.gdn.table import INVERSES, OWN, DecodeTile, GdnTable, OwnPrefill, PrefillWay, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import (
+    INVERSES,
+    OWN,
+    PROJECTED,
+    DecodeTile,
+    GdnTable,
+    OwnPrefill,
+    PrefillWay,
+    VerifyTile,
+)
 from qwen3next_plugin.spec import Qwen3NextSpec
 
 from ..state import Form
@@ -102,7 +111,10 @@ class Effort:
 
 _CHUNKS = tuple(OwnPrefill(inverse=inverse) for inverse in INVERSES)
 _DECODE = (DecodeTile(None, 16), DecodeTile(2048, 2), DecodeTile(1024, 2), DecodeTile(2048, 4))
-_VERIFY = (VerifyTile(128, 16), VerifyTile(128, 8), VerifyTile(64, 8), VerifyTile(64, 4))
+_VERIFY = (
+    VerifyTile(128, 16), VerifyTile(128, 8), VerifyTile(128, 4, PROJECTED),
+    VerifyTile(64, 8), VerifyTile(64, 4), VerifyTile(64, 4, PROJECTED),
+)  # fmt: skip
 _QUICK = Effort(
     prompts=((1, 512), (1, 2048), (1, 8192), (8, 1024), (64, 256)),
     scouts=((1, 2048), (8, 1024)),
@@ -134,7 +146,7 @@ _THOROUGH = replace(
     slack=2.0,
     chunks=(*_CHUNKS, OwnPrefill("blocks", 4, 168), OwnPrefill("blocks", 8)),
     decode=(*_DECODE, DecodeTile(None, 8), DecodeTile(512, 1), DecodeTile(1024, 1), DecodeTile(4096, 4)),
-    verify=(*_VERIFY, VerifyTile(64, 16), VerifyTile(32, 4), VerifyTile(16, 2)),
+    verify=(*_VERIFY, VerifyTile(64, 16), VerifyTile(32, 4), VerifyTile(16, 2), VerifyTile(128, 8, PROJECTED)),
 )
 EFFORTS = {"quick": _QUICK, "default": _DEFAULT, "thorough": _THOROUGH}
 

@@ -7,6 +7,8 @@ import torch
 from qwen3next_plugin.kernels.gdn import config
 from qwen3next_plugin.kernels.gdn.config_file import STATE_BYTES, checked
 from qwen3next_plugin.kernels.gdn.table import (
+    PROJECTED,
+    STEPS,
     DecodeRule,
     DecodeTile,
     GdnTable,
@@ -33,9 +35,14 @@ def varied_table() -> GdnTable:
         for programs, elements, warps in ((0, None, 4), (20, 1024, 2), (100, 2048, 4), (3000, 512, 1))
     ]
     verify = [
-        VerifyRule(size, tokens, programs, VerifyTile(rows, warps), "a test")
+        VerifyRule(size, tokens, programs, VerifyTile(rows, warps, form), "a test")
         for size in STATE_BYTES
-        for tokens, programs, rows, warps in ((2, 0, 64, 2), (4, 0, 32, 4), (4, 50, 16, 2), (4, 1000, 8, 1))
+        for tokens, programs, rows, warps, form in (
+            (2, 0, 64, 2, STEPS),
+            (4, 0, 32, 4, STEPS),
+            (4, 50, 16, 2, PROJECTED),
+            (4, 1000, 8, 1, STEPS),
+        )  # fmt: skip
     ]
     prefill += table.prefill
     varied = dataclasses.replace(table, prefill=tuple(prefill), decode=tuple(decode), verify=tuple(verify))

@@ -48,7 +48,13 @@ def test_what_a_file_decides_of_gated_deltanet_is_told_with_its_reasons(tmp_path
     shown = run("--gpu", "h100")
     assert "tiles: sm90/gdn.json, in part predictions; `qwen3next tune gdn` measures" in shown
     assert "  float32 states, from 256 programs on: 2048 elements, 2 warps (measured on an H100" in shown
-    assert "  16-bit states, up to 4 tokens a row, from 0 programs on: 128 rows, 16 warps (a prediction" in shown
+    assert (
+        "  16-bit states, up to 4 tokens a row, from 0 programs on: all tokens at once, 128 rows, 4 warps (a pre"
+        in shown
+    )
+    assert (
+        "  float32 states, up to 2 tokens a row, from 0 programs on: token by token, 128 rows, 8 warps (a pre" in shown
+    )
     assert "gdn_prefill: from 512 tokens on, 64 a row -> flashinfer" in shown
     assert "  a prediction, not measured: what others publish for an H200" in shown
     assert "any/gdn.json" in run("--gpu", "l40s")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qwen3next_plugin.kernels.gdn.table import OWN, DecodeTile, OwnPrefill, PrefillWay, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import OWN, PROJECTED, DecodeTile, OwnPrefill, PrefillWay, VerifyTile
 from qwen3next_plugin.tune.gdn.run import tune_gdn
 from qwen3next_plugin.tune.gdn.search import Part
 from qwen3next_plugin.tune.gdn.space import Candidate, Heads, Shape
@@ -40,8 +40,9 @@ def usual(shape: Shape, candidate: Candidate) -> float:
         return 20e-6 + (1.5e-6 if candidate == DecodeTile(best, 2) else 1.7e-6) * shape.rows
     if candidate == VerifyTile(128, 16):
         return 15e-6 + 4e-6 * shape.rows
-    best_rows = 128 if shape.tokens <= 2 else 64
-    return 25e-6 + (2.5e-6 if candidate == VerifyTile(best_rows, 8) else 2.8e-6) * shape.rows
+    if candidate == VerifyTile(128, 4, PROJECTED):
+        return 20e-6 + (1.6e-6 if shape.tokens > 2 or shape.state_bytes == 2 else 3.5e-6) * shape.rows
+    return 25e-6 + (2.5e-6 if candidate == VerifyTile(128, 8) else 2.8e-6) * shape.rows
 
 
 class FakeGdnMachine:

@@ -17,10 +17,11 @@ from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gdn import config, peers
 from qwen3next_plugin.kernels.gdn.config_file import read_file
-from qwen3next_plugin.kernels.gdn.table import OWN, DecodeTile, OwnPrefill, PrefillWay, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import OWN, PROJECTED, DecodeTile, OwnPrefill, PrefillWay, VerifyTile
 from qwen3next_plugin.tune import cuda
 from qwen3next_plugin.tune.gdn import machine as machine_module
 from qwen3next_plugin.tune.gdn.machine import CudaGdnMachine, gdn_files, with_heads
+from qwen3next_plugin.tune.gdn.result import text_of
 from qwen3next_plugin.tune.gdn.run import tune_gdn
 from qwen3next_plugin.tune.gdn.search import ALLOWED_ERROR
 from qwen3next_plugin.tune.gdn.space import EFFORTS, Candidate, Heads, Shape
@@ -37,6 +38,8 @@ CASES: list[tuple[Shape, Candidate]] = [
     (Shape("decode", 10, 1, 2), DecodeTile(None, 16)),
     (Shape("verify", 3, 2, 4), VerifyTile(8, 2)),
     (Shape("verify", 3, 3, 2), VerifyTile(4, 1)),
+    (Shape("verify", 3, 2, 4), VerifyTile(32, 2, PROJECTED)),
+    (Shape("verify", 3, 3, 2), VerifyTile(16, 1, PROJECTED)),
 ]
 
 
@@ -59,7 +62,7 @@ def machine(device: str) -> CudaGdnMachine:
     return CudaGdnMachine(TINY, "none", torch.device(device), nothing)
 
 
-@pytest.mark.parametrize(("shape", "candidate"), CASES, ids=[str(shape) for shape, _ in CASES])
+@pytest.mark.parametrize(("shape", "candidate"), CASES, ids=[f"{shape}, {text_of(way)}" for shape, way in CASES])
 def test_right_kernels_pass(shape: Shape, candidate: Candidate, machine: CudaGdnMachine) -> None:
     assert machine.error(shape, candidate) < ALLOWED_ERROR[shape.op]
 
@@ -148,7 +151,7 @@ def test_a_whole_tuning_in_the_interpreter(device: str, tmp_path: Path, monkeypa
         drafts=(2,),
         slack=10.0,
         decode=(DecodeTile(None, 16), DecodeTile(64, 1)),
-        verify=(VerifyTile(8, 2), VerifyTile(4, 1)),
+        verify=(VerifyTile(8, 2), VerifyTile(4, 1), VerifyTile(16, 1, PROJECTED)),
     )
     monkeypatch.setitem(EFFORTS, "a test's", effort)
     heads = Heads(1, 2)
@@ -188,7 +191,7 @@ def test_what_a_failed_run_means(machine: CudaGdnMachine, monkeypatch: pytest.Mo
 
 def test_versions_change_with_the_kernels_and_not_with_who_chooses() -> None:
     names = {path.name for path in gdn_files()}
-    assert {"triton_prefill.py", "triton_decode.py", "triton_verify.py", "peers.py"} <= names
+    assert {"triton_prefill.py", "triton_decode.py", "triton_verify_projected.py", "peers.py"} <= names
     assert not {"config.py", "choices.py"} & names
 
 

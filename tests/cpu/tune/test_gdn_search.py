@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qwen3next_plugin.errors import PluginError, SettingsError
 from qwen3next_plugin.kernels.gdn import config
 from qwen3next_plugin.kernels.gdn.config_file import read_file
-from qwen3next_plugin.kernels.gdn.table import OWN, DecodeTile, PrefillWay, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import OWN, PROJECTED, DecodeTile, PrefillWay, VerifyTile
 from qwen3next_plugin.kernels.gpus import Target
 from qwen3next_plugin.tune.gdn.search import Search
 from qwen3next_plugin.tune.gdn.space import EFFORTS, Candidate, Heads, Shape, chosen_by
@@ -36,8 +36,10 @@ def test_the_file_holds_what_the_times_say(tmp_path: Path) -> None:
     whole = DecodeTile(None, 16)
     assert tiles == [(4, 512, DecodeTile(2048, 2)), (4, 0, whole), (2, 512, DecodeTile(1024, 2)), (2, 0, whole)]
     verify = {(rule.state_bytes, rule.max_tokens, rule.min_programs): rule.tile for rule in table.verify}
-    assert verify[4, 2, 512] == VerifyTile(128, 8) and verify[2, 4, 512] == VerifyTile(64, 8)
-    assert verify[4, 4, 0] == verify[2, 8, 0] == VerifyTile(128, 16)
+    at_once = VerifyTile(128, 4, PROJECTED)
+    assert verify[4, 2, 512] == VerifyTile(128, 8) and verify[2, 2, 128] == verify[4, 4, 128] == at_once
+    assert verify[4, 2, 0] == verify[2, 2, 0] == verify[4, 4, 0] == VerifyTile(128, 16)
+    assert verify[2, 8, 0] == at_once, "as shipped"
     raw = json.loads(path.read_text())
     assert raw["versions"] == ABOUT.versions and raw["heads"] == "16/32" and raw["gpu"]["name"] == H200.name
     assert "2026-11-27" in raw["note"] and len(raw["measurements"]) == sum(len(part.results) for part in parts)
