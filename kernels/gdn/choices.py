@@ -8,7 +8,7 @@ from ..dispatch import Choice
 from ..gpus import Target
 from . import peers
 from .config import COMMAND, find, is_users
-from .table import OWN, PROJECTED, DecodeTile, PrefillRule, PrefillWay, VerifyTile
+from .table import MERGING, PROJECTED, DecodeTile, PrefillRule, PrefillWay, VerifyTile
 
 _STATES = {4: "float32", 2: "16-bit"}
 
@@ -16,20 +16,9 @@ _STATES = {4: "float32", 2: "16-bit"}
 def prefill_choices(target: Target) -> list[Choice]:
     """Our own kernels, who takes over where, and what is missing."""
     rules = find(target).table.prefill
-    own = tuple(f"{_range(rule)}: {way_text(rule.way)} ({rule.why})" for rule in rules if rule.peer == OWN)
-    choices = [
-        Choice(
-            "bfloat16 tokens, heads of a multiple of 64",
-            why="two kernels, chunks of 64, products in bfloat16",
-            tiles=_origin(target),
-            details=own,
-        ),
-        Choice(
-            "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
-        ),
-    ]
     offers = peers.OFFERS.choices(rules, partial(_ranges_of, rules))
-    return [*choices, *(replace(offer, details=_whys_of(rules, offer.runs)) for offer in offers)]
+    own = _own_choices(rules, _origin(target))
+    return [*own, *(replace(offer, details=_whys_of(rules, offer.runs)) for offer in offers)]
 
 
 def decode_choices(target: Target) -> list[Choice]:
@@ -69,6 +58,30 @@ def tile_text(tile: DecodeTile | VerifyTile) -> str:
         return f"{form}, {tile.rows} rows, {tile.num_warps} warps"
     held = "a whole state" if tile.elements is None else f"{tile.elements} elements"
     return f"{held}, {tile.num_warps} warps"
+
+
+def _own_choices(rules: Sequence[PrefillRule], origin: str) -> list[Choice]:
+    """Our own kernels by types and heads: those over tiles, which a rule can name, take few of them."""
+    own = [(rule, rule.way.own) for rule in rules if rule.way.own is not None]
+    details = tuple(f"{_range(rule)}: {way_text(rule.way)} ({rule.why})" for rule, _ in own)
+    merging = [built.inverse == MERGING for _, built in own]
+    narrow = "two kernels, chunks of 64, products in bfloat16"
+    others = Choice(
+        "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
+    )
+    if not any(merging):
+        return [Choice("bfloat16 tokens, heads of a multiple of 64", why=narrow, tiles=origin, details=details), others]
+    tiled = "three kernels over tiles" + ("" if all(merging) else " where the inverse is by merging, else two")
+    return [
+        Choice(
+            "bfloat16 tokens, heads of 64 or 128",
+            why=narrow.replace("two kernels", tiled),
+            tiles=origin,
+            details=details,
+        ),
+        Choice("bfloat16 tokens, heads of another multiple of 64", why=narrow),
+        others,
+    ]
 
 
 def _origin(target: Target) -> str:

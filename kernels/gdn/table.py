@@ -8,7 +8,8 @@ from typing import Literal
 from ..offers import OWN
 
 RUNNERS = (OWN, "flashinfer", "fla")
-INVERSES = ("doubling", "blocks")
+MERGING = "merging"
+INVERSES = ("doubling", "blocks", MERGING)
 STEPS, PROJECTED = "steps", "projected"
 FORMS = (STEPS, PROJECTED)
 LEAST_ROWS = 16
@@ -19,11 +20,13 @@ Source = Literal["prediction", "measured"]
 
 @dataclass(frozen=True)
 class OwnPrefill:
-    """How our two prefill kernels are built.
+    """How our prefill kernels are built.
 
-    inverse: of the chunk's triangular system, "doubling" or "blocks" (:mod:`.triton_inverse`); chunk_warps and
-    chunk_registers (None: as many as it takes): of the first kernel; walk_stages: of the second one's pipeline, where
-    products are bfloat16.
+    inverse: of the chunk's triangular system (:mod:`.triton_inverse`), "doubling" or "blocks" in the two kernels of
+    :mod:`.triton_prefill`, or "merging", which means the three of :mod:`.triton_tiled`; those take bfloat16 tokens and
+    heads of 64 or 128 only, and all others run as ``OwnPrefill()``. chunk_warps and chunk_registers (None: as many as
+    it takes): of the kernel with the inverse; walk_stages: of the pipeline of the one that walks, where products are
+    bfloat16.
     """
 
     inverse: str = INVERSES[0]

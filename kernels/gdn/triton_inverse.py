@@ -1,4 +1,4 @@
-"""The inverse of a chunk's triangular system, in two ways: which of them runs is a GPU's table's choice."""
+"""The inverse of a chunk's triangular system, in three ways: which of them runs is a GPU's table's choice."""
 
 import triton
 import triton.language as tl
@@ -59,3 +59,29 @@ def unit_lower_inverse_by_blocks(A, CHUNK: tl.constexpr, PRECISION: tl.constexpr
     M = tl.dot(D, tl.where(in_block, 0.0, A), input_precision=PRECISION)
     T = D - tl.dot(M, D, input_precision=PRECISION)
     return T + tl.dot(tl.dot(M, M, input_precision=PRECISION), T, input_precision=PRECISION)
+
+
+@triton.jit
+def _joined(block):
+    """Where the second block of a pair meets the first. Of columns the compiler knows most, so little is compared."""
+    return (block[:, None] == block[None, :] + 1) & (block[None, :] % 2 == 0)
+
+
+@triton.jit
+def unit_lower_inverse_by_merging(A, CHUNK: tl.constexpr):
+    """``inverse(I + A)`` in float32 for ``A [64, 64]`` of elements within [-1, 1], of which what lies below the
+    diagonal is read.
+
+    With D the inverse of diagonal blocks and L what joins two of them, the inverse of the joined blocks is
+    ``D - D L D``, since L D L = 0; blocks of two need no product. Every factor is a true inverse or a part of A, so
+    nothing grows as powers of A do. The elements of an inverse are within [-1, 1] too (products of contractions between
+    unit vectors): float16, which rounds as TF32 does, holds all of them.
+    """
+    tl.static_assert(CHUNK == 64)
+    c = tl.arange(0, CHUNK)
+    D = tl.where(c[:, None] == c[None, :], 1.0, 0.0) - tl.where(_joined(c), A, 0.0)
+    for level in tl.static_range(1, 6):
+        L = tl.where(_joined(c >> level), A, 0.0).to(tl.float16)
+        half = D.to(tl.float16)
+        D -= tl.dot(tl.dot(half, L).to(tl.float16), half)
+    return D

@@ -1,4 +1,4 @@
-"""Chunked prefill in Triton, in two kernels.
+"""Chunked prefill in Triton, in two kernels; where a GPU's table says "merging", :mod:`.triton_tiled` has three.
 
 The first treats all chunks at once: gates and their running sum, the inverse of the chunk's triangular system, and from
 it what the chunk writes (U), what of the state it replaces (W) and how its tokens see each other (P). The second walks
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, locate_chunk, max_chunks
+from . import triton_tiled
 from .config import own_prefill, table_of
 from .reference import SNAPSHOT_GRID, Gates
+from .table import MERGING, OwnPrefill
 from .triton_formula import EPSILON, as_stored, softplus
 from .triton_inverse import unit_lower_inverse, unit_lower_inverse_by_blocks
 
@@ -258,10 +260,16 @@ def gdn_prefill(
     tokens = mixed_qkv.shape[0]
     _, v_heads, value_dim, key_dim = ssm_state.shape
     rows = query_start.shape[0]
+    built = own_prefill(table_of(mixed_qkv.device), tokens, rows)
+    if built.inverse == MERGING:
+        if triton_tiled.can_take(mixed_qkv, key_dim, value_dim):
+            ranges = (query_start, query_end, max_query_len, state_slots, has_initial_state)
+            triton_tiled.gdn_prefill(mixed_qkv, gates, ssm_state, num_k_heads, *ranges, out, snapshot, built)
+            return
+        built = OwnPrefill()
     whole_tiles = key_dim % BLOCK_V_NARROW == 0 and value_dim % BLOCK_V_NARROW == 0
     narrow = mixed_qkv.is_cuda and mixed_qkv.dtype == torch.bfloat16 and whole_tiles
     dot = torch.bfloat16 if narrow else torch.float32
-    built = own_prefill(table_of(mixed_qkv.device), tokens, rows)
     by_blocks = built.inverse == "blocks"
     # Without a Newton step at its end the inverse is only as good as its products.
     wide_inverse = mixed_qkv.dtype == torch.float32 or (by_blocks and not narrow)

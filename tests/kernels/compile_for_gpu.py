@@ -22,6 +22,7 @@ from qwen3next_plugin.kernels import conv, gdn
 from qwen3next_plugin.kernels.gdn import config, triton_peers
 from qwen3next_plugin.kernels.gdn.table import PROJECTED, VerifyTile
 from qwen3next_plugin.kernels.gdn.triton_split import split
+from qwen3next_plugin.kernels.gpus import Target
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -33,6 +34,7 @@ TYPES = {
 }
 ROWS = 4
 CAPABILITIES: tuple[int, ...] = (90, 80)
+H200 = Target("NVIDIA H200", (9, 0))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -136,6 +138,27 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
             gdn.gdn_commit(*states, records, **last, **tracked)
 
 
+def launch_merging(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int) -> None:
+    """A prefill as an H200's table builds it, with snapshots and without."""
+    k_heads, v_heads = heads
+    table = config.find(H200).table
+    gates = tensor(tokens, 2 * v_heads)
+    per_head = [tensor(v_heads, dtype=torch.float32) for _ in range(2)]
+    qkv = tensor(tokens, 2 * k_heads * key_dim + v_heads * value_dim)
+    rows = {"query_start": tensor(ROWS, dtype=torch.int32), "query_end": tensor(ROWS, dtype=torch.int32)}
+    rows |= {
+        "state_slots": tensor(ROWS, 3, dtype=torch.int32)[:, 0],
+        "has_initial_state": tensor(ROWS, dtype=torch.bool),
+    }
+    kept = {"snapshot_positions": tensor(ROWS, dtype=torch.int64), "snapshot_slots": tensor(ROWS, dtype=torch.int64)}
+    shared = {"num_k_heads": k_heads, "max_query_len": tokens, "out": tensor(tokens, v_heads, value_dim)}
+    states = tensor(6, v_heads, value_dim, key_dim, dtype=torch.float32), tensor(6, v_heads, value_dim, key_dim)
+    with config.forced(config.only(table, table.prefill[-1].way)):
+        for state, snapshots in zip(states, ({}, kept), strict=True):
+            per_token = (gates[:, v_heads:], gates[:, :v_heads])
+            gdn.gdn_prefill(qkv, *per_token, *per_head, state, **shared, **rows, **snapshots)
+
+
 def launch_around_a_peer(
     arguments: tuple[Tensor, ...],
     convolution: gdn.Convolution,
@@ -166,3 +189,5 @@ def launch_around_a_peer(
 if __name__ == "__main__":
     JITFunction.run = compile_launch
     launch_all((16, 32), 128, 128, 1000)
+    CAPABILITIES = (90,)  # the tables of other GPUs never name it
+    launch_merging((16, 32), 128, 128, 1000)

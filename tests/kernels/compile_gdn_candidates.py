@@ -6,13 +6,14 @@ Run as a script, without TRITON_INTERPRET, with an effort as argument. One line 
 
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import gdn
 from qwen3next_plugin.kernels.gdn import config
-from qwen3next_plugin.kernels.gdn.table import OWN, DecodeTile, OwnPrefill, PrefillWay
+from qwen3next_plugin.kernels.gdn.table import OWN, DecodeTile, PrefillWay
 from qwen3next_plugin.tune.gdn.space import EFFORTS, Candidate
 
 from . import compile_for_gpu
@@ -50,7 +51,7 @@ def launch(candidate: Candidate, state_dtype: torch.dtype, drafts: int) -> None:
 def main(effort_name: str) -> None:
     """Every candidate once."""
     effort, table = EFFORTS[effort_name], config.table_of(torch.device("cpu"))
-    stages = [OwnPrefill(walk_stages=count) for count in effort.stages]
+    stages = [replace(own, walk_stages=count) for own in effort.chunks for count in effort.stages]
     cases: list[tuple[Candidate, torch.dtype, int]] = [
         (PrefillWay(OWN, own), torch.float32, 1) for own in dict.fromkeys((*effort.chunks, *stages))
     ]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels import gdn
+from qwen3next_plugin.kernels.gdn import config, triton_tiled
+from qwen3next_plugin.kernels.gdn.table import MERGING
 from tests.helpers import nan_like, relative_error
 
 from .common import tolerance
@@ -113,9 +115,17 @@ def formula(
     return torch.stack(outputs), torch.stack(states)
 
 
+def over_tiles(tokens: Tokens) -> bool:
+    """Whether a prefill by Triton runs the kernels over tiles."""
+    own = config.own_prefill(config.table_of(tokens.mixed_qkv.device), 1, 1)
+    return own.inverse == MERGING and triton_tiled.can_take(tokens.mixed_qkv, tokens.key_dim, tokens.value_dim)
+
+
 def limit(rounded_to: torch.dtype, tokens: Tokens, backend: str | None, chunked: bool = False) -> float:
     """Allowed error of something stored as `rounded_to`: float32 sums, one rounding, and on a GPU the dots' own."""
     error = 1e-5
+    if chunked and backend == "triton" and over_tiles(tokens):
+        error = 2e-3  # factors of the inverse in float16
     if chunked and tokens.device == "cuda" and backend != "reference":
         error = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}[tokens.mixed_qkv.dtype]
     if rounded_to is not torch.float32:
@@ -159,8 +169,12 @@ def check_prefill(
     state_dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     slots: int = 6,
+    slack: float = 1.0,
 ) -> None:
-    """Prefill from a poisoned state and compare outputs and states with the formula; nothing else may move."""
+    """Prefill from a poisoned state and compare outputs and states with the formula; nothing else may move.
+
+    slack: times the usual limits, where tokens make more of a rounding.
+    """
     state = tokens.state(slots, state_dtype, layout)
     running = [(row, has) for row, has in zip(rows, has_state, strict=True) if row[2] >= 0 and row[1] > row[0]]
     fill_slots(state, [row[2] for row, has in running if has], 0.3)
@@ -168,9 +182,9 @@ def check_prefill(
     out = run_prefill(tokens, state, rows, has_state, backend)
     for (start, end, slot), has in running:
         o, states = formula(tokens, start, end, before[slot] if has else None)
-        allowed = limit(out.dtype, tokens, backend, True)
+        allowed = slack * limit(out.dtype, tokens, backend, True)
         assert_error(out[start:end], o, allowed, f"tokens {start}..{end}", least=1e-3)
-        assert_error(state[slot], states[-1], limit(state_dtype, tokens, backend, True), f"slot {slot}")
+        assert_error(state[slot], states[-1], slack * limit(state_dtype, tokens, backend, True), f"slot {slot}")
     assert_only_these_slots_changed(before, state, [row[2] for row, _ in running])
     assert_only_these_tokens_written(out, rows)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gdn, gpus
-from qwen3next_plugin.kernels.gdn import config, triton_decode, triton_prefill, triton_verify
+from qwen3next_plugin.kernels.gdn import config, triton_decode, triton_prefill, triton_tiled, triton_verify
+from qwen3next_plugin.kernels.gdn.choices import prefill_choices
 from qwen3next_plugin.kernels.gdn.config_file import read_file, rule_object
 from qwen3next_plugin.kernels.gdn.table import (
     FORMS,
@@ -95,7 +97,8 @@ def test_tables_that_a_kernel_meets() -> None:
         assert found == [[steps] * 2 + [at_once] * 4, [two] * 2 + [at_once] * 4]
     other = config.find(gpus.NO_GPU).table
     assert {rule.tile.form for rule in other.verify} == {STEPS}, "where nothing of this was measured"
-    assert config.own_prefill(table, 1, 1) == OwnPrefill()
+    assert config.own_prefill(table, 1, 1) == OwnPrefill("merging", 4, 168, 3)
+    assert config.own_prefill(config.find(Target("NVIDIA L40S", (8, 9))).table, 1, 1) == OwnPrefill()
     fitting = [rule.way.runs for rule in config.prefill_rules(table, 1000, 1)]
     assert fitting == ["flashinfer", "own"]
     assert [rule.way.runs for rule in config.prefill_rules(table, 4000, 100)] == ["own"], "40 tokens a row"
@@ -119,7 +122,7 @@ def test_the_first_rule_that_fits_decides_on_our_own_variant() -> None:
         ({"prefill": []}, "the last rule of prefill is not 'own' from 0 tokens on"),
         ({"prefill": [own_rule(min_tokens=1)]}, "the last rule of prefill is not 'own' from 0 tokens on"),
         ({"prefill": [own_rule(runs="flash")]}, "runs is 'flash', which is none of own, flashinfer, fla"),
-        ({"prefill": [own_rule(inverse="lu")]}, "inverse is 'lu', which is none of doubling, blocks"),
+        ({"prefill": [own_rule(inverse="lu")]}, "inverse is 'lu', which is none of doubling, blocks, merging"),
         ({"prefill": [own_rule(walk_stages=0)]}, "walk_stages is 0, which is no whole number from 1 on up to 8"),
         ({"prefill": [own_rule(chunk_registers=16)]}, "chunk_registers is 16"),
         ({"prefill": [own_rule(min_mean="64"), own_rule()]}, "min_mean is '64'"),
@@ -186,9 +189,13 @@ class Noted:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
-    noted = {name: Noted() for name in ("chunk", "walk", "decode", *FORMS)}
+    names = ("chunk", "walk", "gates", "tiled chunk", "tiled walk", "decode", *FORMS)
+    noted = {name: Noted() for name in names}
     monkeypatch.setattr(triton_prefill, "_chunk_kernel", noted["chunk"])
     monkeypatch.setattr(triton_prefill, "_walk_kernel", noted["walk"])
+    for name in ("gates", "chunk", "walk"):
+        own = noted[name if name == "gates" else f"tiled {name}"]
+        monkeypatch.setattr(triton_tiled, f"{name}_kernel", own)
     monkeypatch.setattr(triton_decode, "_gdn_decode_kernel", noted["decode"])
     for form in FORMS:
         monkeypatch.setattr(triton_verify, f"gdn_verify_{form}_kernel", noted[form])
@@ -235,3 +242,46 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         form: [(one["BLOCK_V"], one["BLOCK_K"], one["num_warps"]) for one in launches[form].options] for form in FORMS
     }
     assert verified == {STEPS: [(8, 8, 2), (4, 8, 2)], PROJECTED: [(16, 16, 2)]}
+
+
+def test_launches_by_merging_are_those_over_tiles(launches: dict[str, Noted], device: str) -> None:
+    way = PrefillWay(OWN, OwnPrefill("merging", 8, 128, 2))
+    with config.forced(config.only(read_file(SHIPPED), way)):
+        for dtype in (torch.bfloat16, torch.float32):
+            tokens = make_tokens(3, device, dims=(64, 64), dtype=dtype)
+            run_prefill(tokens, tokens.state(2), [(0, 3, 1)], [False], "triton")
+    (chunk,), (walk,) = launches["tiled chunk"].options, launches["tiled walk"].options
+    assert (chunk["num_warps"], chunk["maxnreg"], walk["num_stages"]) == (8, 128, 2)
+    (plain,) = launches["chunk"].options
+    assert (plain["BY_BLOCKS"], plain["num_warps"], plain["maxnreg"]) == (False, 4, None), "as if nothing were said"
+    assert [len(launches[name].options) for name in ("gates", "walk")] == [1, 1]
+
+
+def test_what_is_said_of_a_table_that_names_several_inverses() -> None:
+    shipped = config.find(Target("NVIDIA H200", (9, 0))).table
+    said = {}
+    for name, rules in (("all", shipped.prefill), ("none", read_file(SHIPPED).prefill)):
+        with config.forced(replace(shipped, prefill=rules)):
+            said[name] = [(one.shapes, one.why) for one in prefill_choices(gpus.NO_GPU)][:3]
+    both = (
+        PrefillRule(PrefillWay(OWN, OwnPrefill("merging", 4, 168, 3)), 1000, 0, "a test"),
+        *read_file(SHIPPED).prefill,
+    )
+    with config.forced(replace(shipped, prefill=both)):
+        first = prefill_choices(gpus.NO_GPU)[0]
+    assert said["all"][0] == (
+        "bfloat16 tokens, heads of 64 or 128",
+        "three kernels over tiles, chunks of 64, products in bfloat16",
+    )
+    assert [shapes for shapes, _ in said["all"][1:]] == [
+        "bfloat16 tokens, heads of another multiple of 64", "other types and heads",
+    ]  # fmt: skip
+    assert said["none"][0] == (
+        "bfloat16 tokens, heads of a multiple of 64",
+        "two kernels, chunks of 64, products in bfloat16",
+    )
+    assert first.why.startswith("three kernels over tiles where the inverse is by merging, else two, ")
+    assert [detail.partition(" (")[0] for detail in first.details] == [
+        "from 1000 tokens on, 0 a row: own, inverse by merging, 4 warps, 168 registers, 3 stages",
+        "from the first token on: own, inverse by doubling, 4 warps, 2 stages",
+    ]

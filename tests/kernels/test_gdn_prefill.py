@@ -94,16 +94,28 @@ def test_repeated_keys_that_are_never_forgotten(backend: str, device: str) -> No
 
 
 @pytest.mark.parametrize("alike", [0.0, 0.1, 1.0], ids=["repeated keys", "keys much alike", "keys unlike"])
-def test_the_inverse_by_blocks(alike: float, device: str) -> None:
-    """The other way to invert the chunk's system, with keys that are hard on it."""
-    way = PrefillWay(OWN, OwnPrefill(inverse="blocks"))
-    tokens = make_tokens(130, device)
-    keys = tokens.mixed_qkv[:, :32]
+@pytest.mark.parametrize(
+    ("own", "dims", "dtype"),
+    [
+        (OwnPrefill("blocks"), (16, 8), torch.float32),
+        (OwnPrefill("merging", 4, 168, 3), (64, 64), torch.bfloat16),
+    ],
+    ids=["blocks", "merging"],
+)
+def test_the_other_inverses(
+    own: OwnPrefill, dims: tuple[int, int], dtype: torch.dtype, alike: float, device: str
+) -> None:
+    """The other ways to invert the chunk's system, with keys that are hard on it."""
+    way = PrefillWay(OWN, own)
+    tokens = make_tokens(130, device, dims=dims, dtype=dtype)
+    keys = tokens.mixed_qkv[:, : 2 * dims[0]]
     keys.copy_(keys[:1] + alike * keys)
     tokens.a.fill_(-30.0)
     tokens.b.fill_(5.0)
+    # Products of bfloat16 leave 0.023 of repeated keys, and left 0.057 while W's factors were rounded once.
+    slack = 2.0 if device == "cuda" and dtype is torch.bfloat16 else 1.0
     with config.forced(config.only(config.table_of(torch.device(device)), way)):
-        check_prefill(tokens, [(0, 130, 1)], [True], "triton")
+        check_prefill(tokens, [(0, 130, 1)], [True], "triton", slack=slack)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -132,8 +132,12 @@ def prefill(
 @pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("layout", STATE_LAYOUTS)
 def test_states_within_a_prefill(layout: str, state_dtype: torch.dtype, backend: str, device: str) -> None:
-    tokens = make_tokens(206, device, heads=(1, 1))
-    state = tokens.state(SLOTS, state_dtype, layout)
+    check_states_within(make_tokens(206, device, heads=(1, 1)), layout, state_dtype, backend)
+
+
+def check_states_within(tokens: Tokens, layout: str, state_dtype: torch.dtype, backend: str) -> None:
+    """A prefill of ROWS with their SNAPSHOTS, against the formula; nothing else may move."""
+    device, state = tokens.device, tokens.state(SLOTS, state_dtype, layout)
     fill_slots(state, [3, 1], 0.3)
     before, has_state = clone_layout(state), [True, True, True, True, False]
     wanted = SNAPSHOTS | {2: (1, 11)}  # neither where a chunk ends nor where the row does: not to be had
@@ -153,7 +157,12 @@ def test_states_within_a_prefill(layout: str, state_dtype: torch.dtype, backend:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_snapshot_changes_no_bit_of_a_prefill(backend: str, device: str) -> None:
-    tokens = make_tokens(130, device)
+    check_no_bit_changes(make_tokens(130, device), backend)
+
+
+def check_no_bit_changes(tokens: Tokens, backend: str) -> None:
+    """A prefill of 130 tokens with a snapshot and without."""
+    device = tokens.device
     states = [tokens.state(4), tokens.state(4)]
     outs = [
         prefill(tokens, states[0], [(0, 130, 1)], [False], backend),

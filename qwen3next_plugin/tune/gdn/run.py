@@ -20,7 +20,7 @@ from ..state import State
 from .engines import NONE
 from .result import Where, as_line, as_table, measured_file, table_from
 from .search import Part, Search
-from .space import EFFORTS, FORM, Candidate, Heads, Shape
+from .space import FORM, Candidate, Heads, Shape, effort_for
 
 
 class GdnMachine(Machine[Shape, Candidate], Protocol):
@@ -57,7 +57,7 @@ def tune_gdn(
         say(f"{name} is left out: {why}.")
     table = shipped(Target(gpu.name, gpu.capability))
     measuring = Measuring(at_hand, state)
-    planned = list(Search(heads, EFFORTS[effort], table, at_hand.peers, measuring).parts())
+    planned = list(Search(heads, effort_for(effort, gpu.capability), table, at_hand.peers, measuring).parts())
     progress = Progressing(console, sum(one.count for one in planned))
     measuring.tick = progress.tick
     parts: list[Part] = []

@@ -10,7 +10,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gdn.config import decode_tile, prefill_rules, verify_tile
 from qwen3next_plugin.kernels.gdn.config_file import parse_tile, parse_way, way_object
 from qwen3next_plugin.kernels.gdn.table import (
-    INVERSES,
+    MERGING,
     OWN,
     PROJECTED,
     DecodeTile,
@@ -109,7 +109,8 @@ class Effort:
     verify: tuple[VerifyTile, ...]
 
 
-_CHUNKS = tuple(OwnPrefill(inverse=inverse) for inverse in INVERSES)
+_MERGING = OwnPrefill(MERGING, 4, 168, 3)
+_CHUNKS = (OwnPrefill("doubling"), OwnPrefill("blocks"), _MERGING)
 _DECODE = (DecodeTile(None, 16), DecodeTile(2048, 2), DecodeTile(1024, 2), DecodeTile(2048, 4))
 _VERIFY = (
     VerifyTile(128, 16), VerifyTile(128, 8), VerifyTile(128, 4, PROJECTED),
@@ -144,11 +145,20 @@ _THOROUGH = replace(
     prompts=((1, 128), (1, 1024), *_DEFAULT.prompts, (16, 128), (32, 2048)),
     drafts=(2, 3, 4, 8),
     slack=2.0,
-    chunks=(*_CHUNKS, OwnPrefill("blocks", 4, 168), OwnPrefill("blocks", 8)),
+    chunks=(*_CHUNKS, OwnPrefill("blocks", 4, 168), OwnPrefill("blocks", 8), replace(_MERGING, chunk_registers=None)),
     decode=(*_DECODE, DecodeTile(None, 8), DecodeTile(512, 1), DecodeTile(1024, 1), DecodeTile(4096, 4)),
     verify=(*_VERIFY, VerifyTile(64, 16), VerifyTile(32, 4), VerifyTile(16, 2), VerifyTile(128, 8, PROJECTED)),
 )
 EFFORTS = {"quick": _QUICK, "default": _DEFAULT, "thorough": _THOROUGH}
+_TILED = (9, 0)  # elsewhere the walk of the kernels over tiles has too little shared memory, or was never compiled
+
+
+def effort_for(name: str, capability: tuple[int, int]) -> Effort:
+    """The effort of that name, with what GPUs of that compute capability may run."""
+    effort = EFFORTS[name]
+    if capability == _TILED:
+        return effort
+    return replace(effort, chunks=tuple(own for own in effort.chunks if own.inverse != MERGING))
 
 
 def prefills(effort: Effort) -> Group:

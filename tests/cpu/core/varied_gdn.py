@@ -25,6 +25,7 @@ def varied_table() -> GdnTable:
     table = config.table_of(torch.device("cpu"))
     ways = [
         (OwnPrefill("blocks", 8, 168), 1000, 0),
+        (OwnPrefill("merging", 4, 168, 3), 500, 0),
         (OwnPrefill("blocks", walk_stages=3), 100, 64),
         (OwnPrefill(walk_stages=1), 50, 0),
     ]

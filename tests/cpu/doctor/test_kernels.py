@@ -58,7 +58,11 @@ def test_what_a_file_decides_of_gated_deltanet_is_told_with_its_reasons(tmp_path
     assert "gdn_prefill: from 512 tokens on, 64 a row -> flashinfer" in shown
     assert "  a prediction, not measured: what others publish for an H200" in shown
     assert "any/gdn.json" in run("--gpu", "l40s")
+    assert "any/gdn.json" in run("--gpu", "a100") and "by merging" not in run("--gpu", "a100")
     measured = run("--gpu", "h200")
+    assert "gdn_prefill: bfloat16 tokens, heads of 64 or 128 -> triton (three kernels over tiles" in measured
+    assert "gdn_prefill: bfloat16 tokens, heads of another multiple of 64 -> triton (two kernels" in measured
+    assert "from the first token on: own, inverse by merging, 4 warps, 168 registers, 3 stages (measured on" in measured
     assert (
         "tiles: h200/gdn.json" in measured
         and "(measured on NVIDIA H200 with 16/32 heads, 2026-11-27: 3 shapes" in measured

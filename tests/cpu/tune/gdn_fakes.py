@@ -18,6 +18,7 @@ HEADS = Heads(16, 32)
 ABOUT = About({"torch": "2.13", "triton": "3.7", "kernels": "abc"}, "machine one", "2026-11-27")
 FLASHINFER, FLA = PrefillWay("flashinfer"), PrefillWay("fla")
 DOUBLING, BLOCKS = PrefillWay(OWN, OwnPrefill()), PrefillWay(OWN, OwnPrefill("blocks"))
+MERGING = PrefillWay(OWN, OwnPrefill("merging", 4, 168, 3))
 
 Seconds = Callable[[Shape, Candidate], float]
 

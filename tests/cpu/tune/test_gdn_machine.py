@@ -67,6 +67,15 @@ def test_right_kernels_pass(shape: Shape, candidate: Candidate, machine: CudaGdn
     assert machine.error(shape, candidate) < ALLOWED_ERROR[shape.op]
 
 
+def test_the_kernels_over_tiles_pass(device: str) -> None:
+    """They take heads of 64 and 128, which the tiny model has none of."""
+    spec = with_heads(parse_config(config_of("80b")), Heads(1, 2))
+    machine, shape = CudaGdnMachine(spec, "none", torch.device(device), nothing), Shape("prefill", 2, 70)
+    way = PrefillWay(OWN, OwnPrefill("merging", 4, 168, 3))
+    assert 0 < machine.error(shape, way) < ALLOWED_ERROR["prefill"]
+    assert machine.error(shape, way) != machine.error(shape, PrefillWay(OWN, OwnPrefill())), "they ran"
+
+
 @pytest.mark.parametrize("shape", [CASES[1][0], CASES[2][0], CASES[4][0]], ids=str)
 def test_what_is_left_in_states_and_records_counts(
     shape: Shape, machine: CudaGdnMachine, monkeypatch: pytest.MonkeyPatch

@@ -17,10 +17,21 @@ from qwen3next_plugin.kernels.gdn.config_file import read_file
 from qwen3next_plugin.kernels.gdn.table import OWN, PROJECTED, DecodeTile, PrefillWay, VerifyTile
 from qwen3next_plugin.kernels.gpus import Target
 from qwen3next_plugin.tune.gdn.search import Search
-from qwen3next_plugin.tune.gdn.space import EFFORTS, Candidate, Heads, Shape, chosen_by
+from qwen3next_plugin.tune.gdn.space import EFFORTS, Candidate, Heads, Shape, chosen_by, effort_for
 from qwen3next_plugin.tune.measuring import GpuLostError, TrialError
 from tests.cpu.tune.fakes import H200, Killed
-from tests.cpu.tune.gdn_fakes import ABOUT, BLOCKS, DOUBLING, FLA, FLASHINFER, HEADS, FakeGdnMachine, run, usual
+from tests.cpu.tune.gdn_fakes import (
+    ABOUT,
+    BLOCKS,
+    DOUBLING,
+    FLA,
+    FLASHINFER,
+    HEADS,
+    MERGING,
+    FakeGdnMachine,
+    run,
+    usual,
+)
 
 TARGET = Target(H200.name, H200.capability)
 
@@ -96,6 +107,26 @@ def test_who_is_far_from_the_best_at_the_scouts_is_left_out(tmp_path: Path) -> N
     search = Search(HEADS, EFFORTS["default"], config.shipped(TARGET), machine.peers, unasked)
     planned = sum(part.count for part in search.parts())
     assert len([what for what, *_ in machine.answered if what == "seconds"]) < 0.8 * planned
+
+
+def test_the_kernels_over_tiles_are_tried_on_sm_90_alone(tmp_path: Path) -> None:
+    def quick(shape: Shape, candidate: Candidate) -> float:
+        return usual(shape, candidate) * (0.1 if isinstance(candidate, PrefillWay) and _merges(candidate) else 1.0)
+
+    machine = FakeGdnMachine(quick)
+    path, _ = run(tmp_path, machine)
+    assert [rule.way for rule in read_file(path).prefill] == [MERGING], "with three stages, as by `usual`"
+    stages = {one.own.walk_stages for *_, one in machine.answered if isinstance(one, PrefillWay) and _merges(one)}  # type: ignore[union-attr]
+    assert stages == {1, 2, 3}
+    for name, effort in EFFORTS.items():
+        assert effort_for(name, (9, 0)) == effort and MERGING.own in effort.chunks
+        for capability in ((8, 0), (8, 9), (10, 0)):
+            chunks = effort_for(name, capability).chunks
+            assert chunks == tuple(own for own in effort.chunks if own.inverse != "merging") and chunks
+
+
+def _merges(way: PrefillWay) -> bool:
+    return way.own is not None and way.own.inverse == "merging"
 
 
 def test_a_wrong_one_rules_nobody_out_and_is_not_chosen(tmp_path: Path) -> None:
