@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .kernels.dispatch import TRITON, choose
 from .kernels.gemm import FP8, MAX_ROWS, block_fp8_matmul, quantize_tokens, quantized_matmul
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .kernels.moe.config import forced
-from .kernels.moe.ways import LONG_SCAN, MANY_PAIRS, SHORT_SCAN, Way, ways_up_to
+from .kernels.moe.ways import LONG_SCAN, MANY_PAIRS, SHORT_SCAN, Way, apart, ways_up_to
 from .kernels.rope import qk_norm_rope, sigmoid_gate
 from .layers import GatedAttentionParts, GdnParts
 from .layers_base import WeightHolder, ZeroCentredRMSNorm
@@ -241,7 +242,7 @@ def _every_way(
             for width in (hidden, w2.shape[2]):
                 quantize_tokens(serving.zeros(tokens, width))
     for way in ways:
-        tokens = _fewest_tokens(way, choices)
+        tokens = _fewest_tokens(way, choices, w13.shape[0])
         ids = torch.full((tokens, choices), SKIPPED, dtype=torch.int32, device=serving.device)
         call = (serving.zeros(tokens, hidden), w13, w2, serving.zeros(*ids.shape, dtype=torch.float32), ids, *scales)
         if way.plan is not None:
@@ -256,8 +257,13 @@ def _every_way(
             fused_moe(*call, **zeros, quantize_activations=way.quantize, num_shared=num_shared)
 
 
-def _fewest_tokens(way: Way, choices: int) -> int:
+def _fewest_tokens(way: Way, choices: int, num_experts: int) -> int:
     """Tokens of so many choices whose pairs are sorted as this way sorts them."""
     if way.chunks:
         return -(-MANY_PAIRS // choices)
-    return SHORT_SCAN // choices + 1 if way.scan == LONG_SCAN else 1
+    if way.scan == LONG_SCAN:
+        return SHORT_SCAN // choices + 1
+    if way.config is None or way.apart:
+        return 1
+    rows = way.config.block_m
+    return next(tokens for tokens in count(1) if not apart(tokens * choices, num_experts, rows))

@@ -45,6 +45,16 @@ def widened(codes):
 
 
 @triton.jit
+def widened_to(codes, dtype: tl.constexpr):
+    """FP8 weights, which may come as bytes, in a wider type, which is exact.
+
+    By way of float32, whose conversions take pairs and are quick: from E4M3 to bfloat16 a compiler makes F2F
+    instructions of single values, of which a multiprocessor starts 16 a cycle, fewer than its memory brings.
+    """
+    return widened(codes).to(dtype)
+
+
+@triton.jit
 def scaled_product(
     a_ptrs,
     a_mask,
@@ -85,16 +95,12 @@ def scaled_product(
         w = tl.load(w_ptrs + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
         if DUAL:
             w2 = tl.load(w_ptrs + second_offset + k, mask=w_mask[None, :] & inside[:, None], other=0.0)
-        if w.dtype == tl.uint8:
-            w = decode_e4m3(w)
-            if DUAL:
-                w2 = decode_e4m3(w2)
         if UPCAST:
             a = a.to(tl.float32)
         if UPCAST or (W_FP8 and not A_FP8):
-            w = w.to(a.dtype)
+            w = widened_to(w, a.dtype)
             if DUAL:
-                w2 = w2.to(a.dtype)
+                w2 = widened_to(w2, a.dtype)
         if W_FP8:
             # One factor a row of the tile is one operation an element; the tensor cores leave time for hardly more.
             a_factor = tl.load(a_scale_ptrs + k // GROUP_K, mask=a_mask, other=0.0)[:, None] if A_FP8 else 1.0
@@ -135,6 +141,30 @@ def round_to_fp8(x, FP8_MAX: tl.constexpr, INTERPRETED: tl.constexpr):
     return values, scale
 
 
+@triton.jit
+def round_tokens(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    group,
+    M,
+    K,
+    num_groups,
+    x_stride,
+    FP8_MAX: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One group of columns of these rows (int64) of x as codes and factors: a program's part of `quantize_tokens`."""
+    cols = group * GROUP + tl.arange(0, GROUP)
+    mask = (rows < M)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    values, scale = round_to_fp8(x, FP8_MAX, INTERPRETED)
+    tl.store(codes_ptr + rows[:, None] * K + cols[None, :], values.to(codes_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + rows * num_groups + group, scale, mask=rows < M)
+
+
 # A step's number of tokens is not specialised on: a new one compiles nothing.
 @triton.jit(do_not_specialize=["M"])
 def _quantize_tokens_kernel(
@@ -151,13 +181,9 @@ def _quantize_tokens_kernel(
     INTERPRETED: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
-    cols = group * GROUP + tl.arange(0, GROUP)
-    mask = (rows < M)[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    values, scale = round_to_fp8(x, FP8_MAX, INTERPRETED)
-    tl.store(codes_ptr + rows[:, None] * K + cols[None, :], values.to(codes_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + rows * num_groups + group, scale, mask=rows < M)
+    round_tokens(
+        x_ptr, codes_ptr, scale_ptr, rows, tl.program_id(1), M, K, num_groups, x_stride, FP8_MAX, GROUP, INTERPRETED
+    )
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

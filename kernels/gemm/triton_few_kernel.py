@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton import decode_e4m3, widened
+from .triton import widened, widened_to
 
 
 @triton.jit
@@ -158,9 +158,8 @@ def _matrix_product(
         w = tl.load(w_ptrs + k, mask=w_mask, other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
-        if w.dtype == tl.uint8:
-            w = decode_e4m3(w)
-        product = tl.dot(w.to(x.dtype), x, input_precision="ieee")
+        w = widened_to(w, x.dtype) if SCALED else w.to(x.dtype)
+        product = tl.dot(w, x, input_precision="ieee")
         if SCALED:
             places = k + parts * BLOCK_K
             product *= tl.load(scale_ptr + places // SCALE_K * scale_stride_k, mask=places < K, other=0.0)[

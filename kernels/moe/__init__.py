@@ -99,12 +99,12 @@ def fused_moe(
 
     topk_weights [M, k] float32, topk_ids [M, k] int32. Ids outside [0, E) are skipped (-1 under expert parallelism).
     quantize_activations rounds the inputs of both products: to FP8 by 1x128 groups (FP8 weights), or to INT8 by tokens
-    (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks wherever pairs are sorted on a GPU with
-    FP8 units (`ways.rounds`), else they are kept. With many tokens an engine's grouped product may stand in for ours
-    (`peers`): what lies between the products is rounded to bfloat16 then. num_shared says how many of the experts, the
-    last ones, take every token as its last choices: tiles are chosen by what is left. Each token's experts are summed
-    in a fixed order: equal inputs give equal bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes
-    that do not fit.
+    (INT8 weights with one scale a row), summed in int32. None: with FP8 blocks on a GPU with FP8 units from
+    `ways.MAX_TOKENS` + 1 tokens on (`ways.rounds`), else they are kept. What was activated is rounded to x's dtype.
+    With many tokens an engine's grouped product may stand in for ours (`peers`): what lies between the products is
+    rounded to bfloat16 then. num_shared says how many of the experts, the last ones, take every token as its last
+    choices: tiles are chosen by what is left. Each token's experts are summed in a fixed order: equal inputs give equal
+    bits. Returns [M, H] in x's dtype. Raises ValueError for shapes or dtypes that do not fit.
     Shazeer et al. 2017; Shazeer, GLU Variants Improve Transformer, 2020.
     """
     check_fused_moe(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, quantize_activations, w13_zero, w2_zero)

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch import Choice
-from ..gemm.policy import FP8_CAPABILITY, INTEGERS, fp8_choices, has_fp8_units
+from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
 
 MAX_TOKENS = 4  # up to which nothing is sorted
-MAX_WIDE = 2  # up to which FP8 units leave activations wide, and so nothing is sorted
 MANY_PAIRS = 4096  # from which on sorting them in chunks is quicker than scans by every expert
 SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at a time
 
@@ -20,7 +19,7 @@ SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at 
 @dataclass(frozen=True)
 class Way:
     """Whether activations are rounded, the tiles (None: a few tokens, nothing is sorted, or a plan), how pairs are
-    sorted: `scan_of` them, and whether they are `chunked`; and the plan by which an engine's products run.
+    sorted: `scan_of` them, whether they are `chunked`, or `apart`; and the plan by which an engine's products run.
     """
 
     quantize: bool
@@ -28,6 +27,7 @@ class Way:
     scan: int
     chunks: bool
     plan: Plan | None = None
+    apart: bool = False
 
 
 def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activations: bool) -> bool:
@@ -47,29 +47,37 @@ def chunked(num_pairs: int) -> bool:
     return num_pairs >= MANY_PAIRS
 
 
+def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
+    """The most tiles any routing can need: each expert with a pair wastes less than one tile."""
+    return min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
+
+
+def apart(num_pairs: int, num_experts: int, block_m: int) -> bool:
+    """Whether each pair has a tile that it may begin, and all are looked at in one scan: then nothing is sorted."""
+    return num_pairs <= SHORT_SCAN and max_tiles(num_pairs, num_experts, block_m) == num_pairs
+
+
 def rounds(tokens: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
-    """Whether activations are rounded to FP8 that nobody decided on; then their pairs are sorted.
+    """Whether activations are rounded to FP8 that nobody decided on; then their pairs share tiles.
 
     A tile of 16 rows meets an expert's weights then, however few of them are in use; widening those weights for it
-    takes an H200 longer than reading them does. With four tokens it was slower without sorting, too, than stock
-    kernels are that sort and round (benchmarks/NOTES.md).
+    costs an H200 more than rounding does. Up to MAX_TOKENS vector products take the least time (benchmarks/NOTES.md).
     """
     blocks = w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
-    return blocks and tokens > MAX_WIDE and has_fp8_units(w13.device)
+    return blocks and tokens > MAX_TOKENS and has_fp8_units(w13.device)
 
 
 def way_choices(target: Target) -> list[Choice]:
     """For the table of what runs: the ways below, on that GPU."""
     tiles = config_text(target.slug)
     rounded = fp8_choices(target)[-1]  # or, without FP8 units, widened
-    wide = MAX_WIDE if target.capability >= FP8_CAPABILITY else MAX_TOKENS
     return [
         Choice(
-            f"up to {MAX_TOKENS} tokens, bf16; up to {wide}, FP8 blocks",
+            f"up to {MAX_TOKENS} tokens, bf16 and FP8 blocks",
             why="two launches, nothing is sorted, as hardly two tokens share an expert; activations kept",
         ),
         Choice(f"from {MAX_TOKENS + 1} tokens, bf16", why="sorted by expert", tiles=tiles),
-        replace(rounded, shapes=f"from {wide + 1} tokens, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
+        replace(rounded, shapes=f"from {MAX_TOKENS + 1} tokens, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
         replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
         *peer_choices(target),
     ]
@@ -99,7 +107,7 @@ def choose_way(
         return Way(quantize, None, 0, False)
     routed = w13[: experts - num_shared] if num_shared else w13
     config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
-    return Way(quantize, config, scan_of(pairs), chunked(pairs))
+    return Way(quantize, config, scan_of(pairs), chunked(pairs), apart=apart(pairs, experts, config.block_m))
 
 
 def ways_up_to(

@@ -12,7 +12,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels.gpus import Gpu
 from qwen3next_plugin.kernels.moe.config import file_name, weights_name
-from qwen3next_plugin.kernels.moe.ways import MAX_WIDE
+from qwen3next_plugin.kernels.moe.ways import MAX_TOKENS
 from qwen3next_plugin.spec import Qwen3NextSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -63,7 +63,7 @@ class Problem:
 
     def activation_bytes(self, tokens: int, gpu: Gpu) -> int:
         """Of one activation where it meets the weights, as `fused_moe` decides when it is not told."""
-        return 1 if self.mode == "fp8" and gpu.fp8 is not None and tokens > MAX_WIDE else 2
+        return 1 if self.mode == "fp8" and gpu.fp8 is not None and tokens > MAX_TOKENS else 2
 
     def products(self, activation_bytes: int) -> tuple[Product, Product]:
         """Gate-up and down."""

@@ -1,12 +1,16 @@
-"""Sorting pairs by expert."""
+"""Sorting pairs by expert, and tiles of pairs that need no sorting."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3next_plugin.kernels.moe.triton.align import align, max_tiles
-from qwen3next_plugin.kernels.moe.ways import MANY_PAIRS
+from qwen3next_plugin.kernels.gemm.triton import quantize_tokens
+from qwen3next_plugin.kernels.moe.triton.align import align
+from qwen3next_plugin.kernels.moe.triton.apart import tiles_apart
+from qwen3next_plugin.kernels.moe.ways import MANY_PAIRS, SHORT_SCAN, apart, max_tiles
+
+from .common import assert_repeatable
 
 
 @given(data=st.data())
@@ -20,7 +24,7 @@ def test_pairs_are_sorted_into_tiles_of_one_expert(data: st.DataObject, device: 
     ids = torch.tensor(rows, dtype=torch.int32, device=device)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated with the largest integer
     try:
-        tiles = align(ids, experts, block)
+        tiles, counts = align(ids, experts, block)
     finally:
         torch.use_deterministic_algorithms(False)
     flat, num_pairs = ids.flatten().tolist(), ids.numel()
@@ -33,6 +37,7 @@ def test_pairs_are_sorted_into_tiles_of_one_expert(data: st.DataObject, device: 
         assert all(flat[pair] == expert for pair in real)
         seen += real
     assert seen == [pair for expert in range(experts) for pair in range(num_pairs) if flat[pair] == expert]
+    assert counts.tolist() == [flat.count(expert) for expert in range(experts)]
     used = [expert >= 0 for expert in tiles.experts.tolist()]
     assert used == sorted(used, reverse=True)  # unused tiles come last
 
@@ -44,7 +49,7 @@ def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device:
     """One scan after another, from `MANY_PAIRS` on chunks; pairs without an expert here, an expert without any."""
     ids = torch.randint(-1, experts + 1, (tokens, 2), dtype=torch.int32, device=device)
     ids[ids == experts // 2] = 0
-    tiles = align(ids, experts, block)
+    tiles, _ = align(ids, experts, block)
     flat = ids.flatten().cpu()
     placed = tiles.pairs.view(-1, block)[tiles.experts >= 0].cpu()
     of_expert = [(flat == expert).nonzero().flatten() for expert in range(experts)]
@@ -58,3 +63,55 @@ def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device:
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8), block=st.sampled_from([1, 16, 64]))
 def test_max_tiles_bounds_every_routing(counts: list[int], block: int) -> None:
     assert sum(-(-count // block) for count in counts) <= max_tiles(sum(counts), len(counts), block)
+
+
+@pytest.mark.parametrize("routing", ["random", "one expert", "some skipped", "all skipped", "int64"])
+@pytest.mark.parametrize(("tokens", "top_k", "block"), [(1, 1, 16), (3, 11, 16), (23, 11, 16), (32, 8, 64)])
+def test_tiles_apart(tokens: int, top_k: int, block: int, routing: str, device: str) -> None:
+    """Every held pair in one tile, in order, up to the most pairs of one scan; tokens rounded as by themselves."""
+    experts = 260
+    ids = torch.rand(tokens, experts, device=device).argsort(dim=-1)[:, :top_k].int()
+    ids[:, -1] = experts - 1  # as a shared one
+    if routing == "one expert":
+        ids.fill_(7)
+    elif routing == "some skipped":
+        ids[torch.rand(ids.shape, device=device) < 0.3] = -1
+        ids[-1, 0] = experts
+    elif routing == "all skipped":
+        ids.fill_(-1)
+    elif routing == "int64":
+        ids = ids.long()
+    assert apart(ids.numel(), experts, block)
+    x = torch.randn(tokens, 306, device=device).bfloat16()[:, 3:-3]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as above
+    try:
+        tiles, codes, factors = tiles_apart(ids, experts, block, x, rounds=True)
+        plain, same, none = tiles_apart(ids, experts, block, x, rounds=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same is x and none is None and factors is not None
+    assert all(
+        map(
+            torch.equal,
+            (codes.view(torch.uint8), factors),
+            (q.view(torch.uint8) if q.dtype == codes.dtype else q for q in quantize_tokens(x)),
+        )
+    )
+    assert torch.equal(plain.experts, tiles.experts) and tiles.max_tiles == ids.numel()
+    flat, num_pairs = ids.flatten().tolist(), ids.numel()
+    found: dict[int, list[int]] = {}
+    for expert, pairs in zip(tiles.experts.tolist(), tiles.pairs.view(-1, block).tolist(), strict=True):
+        if expert < 0:
+            continue
+        real = [pair for pair in pairs if pair != num_pairs]
+        assert real and pairs == real + [num_pairs] * (block - len(real))
+        found.setdefault(expert, []).extend(real)
+    held = [expert for expert in range(experts) if expert in flat]
+    assert found == {expert: [p for p in range(num_pairs) if flat[p] == expert] for expert in held}
+    assert_repeatable(lambda: tiles_apart(ids, experts, block, x, rounds=True)[1:])
+
+
+def test_when_pairs_need_no_sorting() -> None:
+    """As many experts as pairs, but for what tiles of more than one pair leave; and no more than one scan."""
+    assert apart(11, 513, 16) and apart(SHORT_SCAN, 513, 16) and not apart(SHORT_SCAN + 1, 513, 16)
+    assert apart(17, 16, 16) and not apart(18, 16, 16) and not apart(11, 2, 16)

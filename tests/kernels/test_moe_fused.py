@@ -10,6 +10,7 @@ from qwen3next_plugin.kernels import gemm, moe
 from qwen3next_plugin.kernels.moe import ways
 from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
 from qwen3next_plugin.kernels.moe.triton import experts as experts_module
+from qwen3next_plugin.kernels.moe.triton import few
 
 from .common import (
     DTYPES,
@@ -245,6 +246,51 @@ def test_a_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch, device: st
     assert not short_way(ways.MAX_TOKENS + 1) and not short_way(1, "fp8 activations")
     with forced(moe.config.default_config(2, 3, 4)):
         assert not short_way(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["float", "fp8", "fp8 slices"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_every_number_of_a_few_tokens(tokens: int, weights: str, dtype: torch.dtype, device: str) -> None:
+    """Two choices and the shared expert; all of one choice; on one rank of those that share the experts."""
+    experts, inner, block = 6, 72 if weights == "fp8 slices" else 20, 64 if weights == "fp8 slices" else None
+    ids = torch.nn.functional.pad(random_ids(tokens, experts - 1, 2, device), (0, 1), value=experts - 1)
+    kept = problem(ids, experts, 136, inner, weights.split()[0], dtype, inner_block=block)
+    skewed, skipped = torch.full_like(ids, 5), torch.where(ids % 3 == 0, -1, ids)
+    skipped[0, :2], skipped[-1, 0] = -1, experts  # of the first token only the shared one is here
+    for chosen in (ids, skewed, skipped):
+        x, w13, w2, router, _, *scales = kept.tensors
+        case = Problem((x, w13, w2, router, chosen, *scales), False)
+        assert_close(case.run("triton"), case.expected(), case.limit("triton", device))
+        assert_repeatable(case.run, "triton")
+
+
+def test_a_program_holds_as_many_rows_as_fit() -> None:
+    """Four of the published sizes in FP8 and in bf16, fewer where rows are longer or wider, or blocks lower."""
+    gate_up, down = 2 * 2048, 16 * 512
+    assert few._rows(gate_up, 1, 128, 4) == few._rows(gate_up, 2, 128, 4) == few._rows(down, 2, 128, 8) == 4
+    assert (few._rows(gate_up, 4, 128, 4), few._rows(down, 4, 128, 8), few._rows(16 * 8192, 4, 128, 8)) == (2, 2, 1)
+    assert few._rows(64, 1, 2, 4) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("routing", ["random", "one expert", "some skipped"])
+def test_tiles_apart_change_no_bit(
+    routing: str, weights: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Where every pair may begin a tile nothing is sorted, and tokens are rounded on the way: the sorted way's bits."""
+    ids = random_ids(9, 20, 2, device)
+    if routing == "one expert":
+        ids.fill_(3)  # two tiles of it
+    elif routing == "some skipped":
+        ids[torch.rand(ids.shape, device=device) < 0.3] = -1
+    case = problem(ids, 20, 136, 48, weights, dtype)
+    assert ways.choose_way(9, 2, 4, *(case.tensors[place] for place in (1, 5)), case.rounded, 0).apart
+    apart = case.run("triton")
+    monkeypatch.setattr(ways, "apart", lambda *_: False)
+    assert torch.equal(apart, case.run("triton"))
+    assert_close(apart, case.expected(), case.limit("triton", device))
 
 
 def test_rounded_activations_stay_near_the_unrounded(device: str) -> None:

@@ -156,7 +156,6 @@ def test_row_factors_keep_activations_and_blocks_may_not(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ways, "has_fp8_units", never)
     monkeypatch.setattr(ways, "MAX_TOKENS", 1)
-    monkeypatch.setattr(ways, "MAX_WIDE", 1)
     x, router, ids = torch.randn(2, 32, device=device), torch.rand(2, 1, device=device), random_ids(2, 2, 1, device)
     q13, s13 = gemm.quantize_block(torch.randn(2, 64, 32, device=device), (1, 32))
     q2, s2 = gemm.quantize_block(torch.randn(2, 32, 32, device=device), (1, 32))

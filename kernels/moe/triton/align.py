@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ...integers import cdiv, next_power_of_2
-from ..ways import chunked, scan_of
+from ..ways import chunked, max_tiles, scan_of
 
 _CHUNK = 128  # pairs that are compared with each other where there are many
 
@@ -23,23 +23,16 @@ class Tiles:
     """Pairs sorted by expert. A pair p stands for token p // top_k and its choice p % top_k.
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
-    experts [max_tiles] int32: each tile's expert, or -1 past the last used tile (whose pairs are not set);
-    counts [E] int32: each expert's pairs.
+    experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set).
     """
 
     pairs: torch.Tensor
     experts: torch.Tensor
-    counts: torch.Tensor
     block_m: int
 
     @property
     def max_tiles(self) -> int:
         return self.experts.shape[0]
-
-
-def max_tiles(num_pairs: int, num_experts: int, block_m: int) -> int:
-    """The most tiles any routing can need: each expert with a pair wastes less than one tile."""
-    return min(num_pairs, num_pairs // block_m + min(num_experts, num_pairs))
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
@@ -146,8 +139,11 @@ def _chunk_place_kernel(
     tl.store(pairs_ptr + place, pairs.to(tl.int32), mask=held)
 
 
-def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
-    """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out."""
+def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles, torch.Tensor]:
+    """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out.
+
+    Unused tiles come last. Returns the number of each expert's pairs too, [E] int32.
+    """
     ids = topk_ids.reshape(-1)
     num_pairs = ids.numel()
     num_tiles = max_tiles(num_pairs, num_experts, block_m)
@@ -188,4 +184,4 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Tiles:
         _chunk_place_kernel[(chunks,)](
             ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
         )
-    return Tiles(pairs, experts, counts, block_m)
+    return Tiles(pairs, experts, block_m), counts

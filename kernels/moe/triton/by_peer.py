@@ -172,10 +172,10 @@ def fused_moe_by_peer(
     assert w13_scale is not None and w2_scale is not None
     (tokens, top_k), num_experts = topk_ids.shape, w2.shape[0]
     function = OFFERS.found[plan.peer].function
-    tiles = align(topk_ids, num_experts, plan.alignment)
-    ends = torch.empty_like(tiles.counts)
+    tiles, counts = align(topk_ids, num_experts, plan.alignment)
+    ends = torch.empty_like(counts)
     block = next_power_of_2(num_experts)
-    _ends_kernel[(1,)](tiles.counts, ends, num_experts, ALIGNMENT=plan.alignment, BLOCK_E=block, num_warps=4)
+    _ends_kernel[(1,)](counts, ends, num_experts, ALIGNMENT=plan.alignment, BLOCK_E=block, num_warps=4)
 
     def product(rows: Quantized, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         out = torch.empty((plan.rows, weight.shape[1]), dtype=torch.bfloat16, device=x.device)

@@ -78,7 +78,7 @@ SIZES: dict[str, Any] = {
     "linear_value_head_dim": 64,
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
-    "num_experts": 8,
+    "num_experts": 24,  # some numbers of tokens have as many pairs, some more
     "num_experts_per_tok": 3,
 }
 specializations: dict[str, None] = {}

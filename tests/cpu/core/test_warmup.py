@@ -39,14 +39,30 @@ def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
     w13, scale = fp8_weights()
     found = ways.ways_up_to(3000, 2, 2, w13, scale)
-    assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_WIDE + 1
-    assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_WIDE)]
+    assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_TOKENS + 1
+    assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_TOKENS)]
     assert min(limits[0] for way, limits in found.items() if way.chunks) == ways.MANY_PAIRS // 2
     heights = {way.config.block_m for way in found if way.config is not None}
     assert heights == {16, 32, 64, 128}
     assert {way.scan for way in found} == {0, ways.SHORT_SCAN, ways.LONG_SCAN}
+    assert not any(way.apart for way in found), "four experts have fewer tiles than pairs"
     kept = ways.ways_up_to(3000, 2, 2, w13, scale, quantize_activations=False)
     assert not any(way.quantize for way in kept)
+
+
+def test_both_ways_of_a_short_scan_are_found_and_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that need no sorting, and as many or more that do: the warm-up's tokens go the way they stand for."""
+    monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
+    w13, scale = fp8_weights(64)
+    found = ways.ways_up_to(300, 3, 2, w13, scale)
+    short = {way: limits for way, limits in found.items() if way.scan == ways.SHORT_SCAN}
+    assert [(way.apart, limits) for way, limits in short.items()] == [(True, (5, 22)), (False, (23, 85))]
+    for way in found:
+        tokens = warmup._fewest_tokens(way, 3, 64)
+        if way.config is None:
+            continue
+        with config.forced(way.config):
+            assert ways.choose_way(tokens, 3, 2, w13, scale, way.quantize, 0) == way
 
 
 def test_every_way_of_a_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
