@@ -22,7 +22,7 @@ from .measure import count_experts, decode_length, measure
 from .profile import read_trace, summarize
 from .rows import PROMPT_TOKENS, Engine, Row, Side, Visit
 from .server import Server, free_port, serving
-from .state import State, complete_rows, left_to_do, repeats_wanted, told_elsewhere
+from .state import State, complete_rows, left_to_do, repeats_wanted, told_by
 
 Oracle = NDArray[np.float32] | None
 
@@ -67,14 +67,11 @@ class Bench:
             self.builders = {engine: self._builder(engine, about) for engine, about in abouts.items()}
         oracle = self._oracle(engines[0]) if self.evidence else None
         self._save()
-        elsewhere: set[str] = set()
-        sessions = self.state.data["sessions"]
-        for other in sessions:
-            if other is not session:
-                elsewhere |= complete_rows(other, self.visits, self.repeats)
+        others = [other for other in self.state.data["sessions"] if other is not session]
+        timed: set[str] = set().union(*(complete_rows(other, self.visits, self.repeats) for other in others))
         for visit, rows in left_to_do(session, self.visits, self.repeats):
-            wanted = [row for row in rows if visit.evidence or row.name not in elsewhere]
-            wanted = [row for row in wanted if not told_elsewhere(sessions, session, visit, row)]
+            wanted = [row for row in rows if visit.evidence or row.name not in timed]
+            wanted = [row for row in wanted if not told_by(others, visit, row)]
             if not wanted:
                 continue
             if self._late(self.seconds_of.get("start", 0.0)):

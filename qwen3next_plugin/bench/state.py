@@ -78,10 +78,9 @@ def left_to_do(session: dict[str, Any], visits: list[Visit], repeats: int) -> li
     return todo
 
 
-def told_elsewhere(sessions: list[dict[str, Any]], session: dict[str, Any], visit: Visit, row: Row) -> bool:
-    """Whether another session than ``session`` has this side's counts or profile of a row; False for times."""
-    others = [v for other in sessions if other is not session for v in other["visits"].values()]
-    mine = [known for known in others if known["side"] == visit.side.name]
+def told_by(sessions: list[dict[str, Any]], visit: Visit, row: Row) -> bool:
+    """Whether one of ``sessions`` has this side's counts or profile of a row; False for times."""
+    mine = [known for session in sessions for known in session["visits"].values() if known["side"] == visit.side.name]
     if visit.evidence:
         return any(row.name in known["evidence"] for known in mine)
     return row.kind == "profile" and any(known["rows"].get(row.name) for known in mine)

@@ -122,41 +122,50 @@ class Case:
             **options,
         )
 
-    def common_errors(self, outs: Sequence[Tensor]) -> dict[tuple[int, int], float]:
+    def expected(self) -> dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]:
+        """`Layer.expected` of every running row by layer and row."""
+        windows, states = self.before
+        return {
+            (n, row): layer.expected(start, end, windows[n][slot], states[n][slot])
+            for n, layer in enumerate(self.layers)
+            for row, start, end, slot in self.running
+        }
+
+    def common_errors(
+        self, outs: Sequence[Tensor], expected: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]
+    ) -> dict[tuple[int, int], float]:
         """Errors of the other float32 version (plain torch, or token by token) by layer and row, where an output is off
         by more than rounding explains: in one small batch of a thousand what is summed cancels for everybody.
         """
-        far: dict[tuple[int, int], float] = {}
-        for n, layer in enumerate(self.layers):
-            for row, start, end, slot in self.running:
-                o, *_ = layer.expected(start, end, self.before[0][n][slot], self.before[1][n][slot])
-                if relative_error(outs[n][start:end], o) > limit(outs[n].dtype, layer.tokens, self.backend):
-                    far[n, row] = 0.0
-        if far:
-            mine = (self.backend, self.tile)
-            others = ("reference", None) if self.backend != "reference" else ("triton", VerifyTile(16, 2, STEPS))
-            self.backend, self.tile = others
-            other = self.verify()
-            self.backend, self.tile = mine
-            self.verify()  # for the records are those of the last one
-            for n, row in far:
-                _, start, end, slot = next(place for place in self.running if place[0] == row)
-                o, *_ = self.layers[n].expected(start, end, self.before[0][n][slot], self.before[1][n][slot])
-                far[n, row] = relative_error(other[n][start:end], o)
-        return far
+        places = {row: slice(start, end) for row, start, end, _ in self.running}
+        far = [
+            (n, row)
+            for (n, row), (o, *_) in expected.items()
+            if relative_error(outs[n][places[row]], o) > limit(outs[n].dtype, self.layers[n].tokens, self.backend)
+        ]
+        if not far:
+            return {}
+        mine = (self.backend, self.tile)
+        self.backend, self.tile = "reference", None
+        if mine[0] == "reference":
+            self.backend, self.tile = "triton", VerifyTile(16, 2, STEPS)
+        other = self.verify()
+        self.backend, self.tile = mine
+        self.verify()  # for the records are those of the last one
+        return {(n, row): relative_error(other[n][places[row]], expected[n, row][0]) for n, row in far}
 
     def check(self, last: Sequence[int], snapshots: Sequence[tuple[int, int]] | None = None) -> None:
         """Verify and commit; every output, window and state is the formula's, and nothing else moved."""
         outs = self.verify()
         for states, old in zip((self.windows, self.states), self.before, strict=True):
             assert torch.equal(bits(states.contiguous()), bits(old.contiguous())), "verification moved a state"
-        common = self.common_errors(outs)
+        formula = self.expected()
+        common = self.common_errors(outs, formula)
         self.commit(last, snapshots)
         for n, layer in enumerate(self.layers):
             windows, states, written = self.windows[n], self.states[n], []
-            window_before, state_before = self.before[0][n], self.before[1][n]
             for row, start, end, slot in self.running:
-                o, moved, expected = layer.expected(start, end, window_before[slot], state_before[slot])
+                o, moved, expected = formula[n, row]
                 allowed = max(limit(outs[n].dtype, layer.tokens, self.backend), 10 * common.get((n, row), 0.0))
                 assert_error(outs[n][start:end], o, allowed, f"row {row}")
                 holds = [(slot, last[row])] if last[row] >= 0 else []
