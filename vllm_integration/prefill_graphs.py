@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from qwen3next_plugin.kernels.moe.peers import padded_tokens
+from qwen3next_plugin.kernels.integers import padded_tokens
 
 MOST_TOKENS = 8192
 """Larger steps keep a GPU busy for longer than their launches take."""

@@ -65,21 +65,26 @@ def _own_choices(rules: Sequence[PrefillRule], origin: str) -> list[Choice]:
     own = [(rule, rule.way.own) for rule in rules if rule.way.own is not None]
     details = tuple(f"{_range(rule)}: {way_text(rule.way)} ({rule.why})" for rule, _ in own)
     merging = [built.inverse == MERGING for _, built in own]
-    narrow = "two kernels, chunks of 64, products in bfloat16"
+    way = ", chunks of 64, products in bfloat16"
     others = Choice(
         "other types and heads", why="two kernels, chunks of 64, products in TF32, split in three but for float16"
     )
     if not any(merging):
-        return [Choice("bfloat16 tokens, heads of a multiple of 64", why=narrow, tiles=origin, details=details), others]
+        return [
+            Choice(
+                "bfloat16 tokens, heads of a multiple of 64", why=f"two kernels{way}", tiles=origin, details=details
+            ),
+            others,
+        ]
     tiled = "three kernels over tiles" + ("" if all(merging) else " where the inverse is by merging, else two")
     return [
         Choice(
             "bfloat16 tokens, heads of 64 or 128",
-            why=narrow.replace("two kernels", tiled),
+            why=tiled + way,
             tiles=origin,
             details=details,
         ),
-        Choice("bfloat16 tokens, heads of another multiple of 64", why=narrow),
+        Choice("bfloat16 tokens, heads of another multiple of 64", why=f"two kernels{way}"),
         others,
     ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dispatch import Choice
 from ..gemm.reference import FP8, GROUP
 from ..gpus import Target
+from ..integers import padded_tokens
 from ..offers import AUTO, Offers, capability_of
 from . import peer_table
 
@@ -64,15 +65,6 @@ class Plan(NamedTuple):
 
 
 OFFERS: Offers[Peer, ExpertShape] = Offers("experts of prefills")
-
-
-def padded_tokens(tokens: int) -> int:
-    """The next number whose last bits are 0, all but three: four between a power of two and the next.
-
-    A peer chooses, and compiles, a kernel by its rows: few numbers of them can be met before a server is ready.
-    """
-    step = 1 << max(0, tokens.bit_length() - 3)
-    return -(-tokens // step) * step
 
 
 def rows_for(tokens: int, choices: int, experts: int, alignment: int) -> int:

@@ -8,8 +8,9 @@ import torch
 
 from qwen3next_plugin.kernels import dispatch, moe
 from qwen3next_plugin.kernels.gpus import NO_GPU, Target
+from qwen3next_plugin.kernels.integers import padded_tokens
 from qwen3next_plugin.kernels.moe import config, peer_table, peer_trial, peers, ways
-from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, padded_tokens, rows_for
+from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, rows_for
 
 from .common import assert_close, assert_repeatable
 from .moe_peer_case import DEVICE, SHAPE, FakeDeepGemm, empty_registry, rule
