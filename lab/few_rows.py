@@ -23,6 +23,117 @@ def _loaded(pointers, mask, EVEN: tl.constexpr):
         return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
+@triton.jit
+def _pair_of(place, tokens, CHOICES: tl.constexpr):
+    """Last choices come first, as tokens share a shared expert; then token by token: an expert's first pair has the
+    fewer others the later it comes, so that no long program is among the last.
+    """
+    others: tl.constexpr = CHOICES - 1 if CHOICES > 1 else 1
+    rest = place - tokens
+    return tl.where(rest < 0, place * CHOICES + CHOICES - 1, rest // others * CHOICES + rest % others)
+
+
+@triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _apart(codes, OPAQUE: tl.constexpr):
+    """The same FP8 codes, but the compiler cannot know: they are widened anew, instead of kept wide in registers."""
+    if OPAQUE:
+        same = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [codes.to(tl.int8, bitcast=True)], dtype=tl.int8, is_pure=False, pack=4
+        )
+        return same.to(codes.dtype, bitcast=True)
+    else:
+        return codes
+
+
+@triton.jit
+def _walk(
+    ptrs, up_offset: tl.constexpr, mask, gate_rows, up_rows, x, x2, gate_factor, up_factor, out, out2, left,
+    STEPS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, TWO: tl.constexpr,
+    OPAQUE: tl.constexpr,
+):  # fmt: skip
+    """STEPS times BLOCK_N rows for one pair or (TWO) two, the next ones asked for while these are multiplied."""
+    places = tl.arange(0, BLOCK_N)
+    for step in tl.static_range(STEPS):
+        gate, up = tl.sum(widened(gate_rows) * x[None], axis=2), tl.sum(widened(up_rows) * x[None], axis=2)
+        if TWO:
+            gate_rows, up_rows = _apart(gate_rows, OPAQUE), _apart(up_rows, OPAQUE)
+            gate2, up2 = tl.sum(widened(gate_rows) * x2[None], axis=2), tl.sum(widened(up_rows) * x2[None], axis=2)
+        if step + 1 < STEPS:
+            gate_rows = _loaded(ptrs + (step + 1) * AHEAD, mask, EVEN)
+            up_rows = _loaded(ptrs + up_offset + (step + 1) * AHEAD, mask, EVEN)
+        fits = places + step * BLOCK_N < left
+        if TWO:
+            g, u, g2, u2 = tl.reduce(
+                (gate * gate_factor, up * up_factor, gate2 * gate_factor, up2 * up_factor), 1, _add_four
+            )
+            g2 = g2 * tl.sigmoid(g2) * u2
+            tl.store(out2 + step * BLOCK_N, g2.to(out2.dtype.element_ty), mask=fits)
+        else:
+            g, u = tl.reduce((gate * gate_factor, up * up_factor), 1, _add_both)
+        g = g * tl.sigmoid(g) * u
+        tl.store(out + step * BLOCK_N, g.to(out.dtype.element_ty), mask=fits)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def gate_up_two_kernel(
+    x_ptr, weight_ptr, scale_ptr, ids_ptr, out_ptr, num_pairs, num_experts, inner: tl.constexpr, K: tl.constexpr, x_stride,
+    weight_stride_e, weight_stride_n: tl.constexpr, scale_stride_e, scale_stride_n, up_scale_offset,
+    CHOICES: tl.constexpr, SCAN: tl.constexpr, LEAD: tl.constexpr, PAIRS_FASTEST: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LOAD: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, OPAQUE: tl.constexpr,
+):  # fmt: skip
+    """As gate_up_kernel with LEAD, but that two pairs of an expert are multiplied by its weights at once."""
+    if PDL:
+        tlc.gdc_wait()
+        tlc.gdc_launch_dependents()
+    place = tl.program_id(0) if PAIRS_FASTEST else tl.program_id(1)
+    part = tl.program_id(1) if PAIRS_FASTEST else tl.program_id(0)
+    tokens = num_pairs // CHOICES
+    pair = _pair_of(place, tokens, CHOICES)
+    chosen = tl.load(ids_ptr + pair)
+    lanes = tl.arange(0, SCAN)
+    mine = tl.load(ids_ptr + lanes, mask=lanes < num_pairs, other=-1) == chosen
+    leads = tl.min(tl.where(mine, lanes, SCAN), axis=0) == pair
+    if (chosen >= 0) & (chosen < num_experts) & leads:
+        expert = chosen.to(tl.int64)
+        first = part * (STEPS * BLOCK_N)
+        cols = first + tl.arange(0, BLOCK_N)
+        begins = tl.arange(0, BLOCK_K // LOAD) * LOAD
+        ks = begins[:, None] + tl.arange(0, LOAD)[None, :]
+        ptrs = weight_ptr + expert * weight_stride_e + cols[:, None, None] * weight_stride_n + ks[None]
+        up_offset: tl.constexpr = inner * weight_stride_n
+        AHEAD: tl.constexpr = BLOCK_N * weight_stride_n
+        factors = scale_ptr + expert * scale_stride_e + first // SCALE_N * scale_stride_n + begins // SCALE_K
+        mask = (cols < inner)[:, None, None] & (ks < K)[None]
+        while pair < num_pairs:
+            gate_rows = _loaded(ptrs, mask, EVEN)
+            up_rows = _loaded(ptrs + up_offset, mask, EVEN)
+            gate_factor = tl.load(factors, mask=begins < K, other=0.0)[None]
+            up_factor = tl.load(factors + up_scale_offset, mask=begins < K, other=0.0)[None]
+            x = tl.load(x_ptr + (pair // CHOICES).to(tl.int64) * x_stride + ks, mask=ks < K, other=0.0).to(tl.float32)
+            out = out_ptr + pair.to(tl.int64) * inner + cols
+            second = tl.min(tl.where(mine & (lanes > pair), lanes, SCAN), axis=0)
+            if second < num_pairs:
+                row = x_ptr + (second // CHOICES).to(tl.int64) * x_stride
+                x2 = tl.load(row + ks, mask=ks < K, other=0.0).to(tl.float32)
+                out2 = out_ptr + second.to(tl.int64) * inner + cols
+                _walk(
+                    ptrs, up_offset, mask, gate_rows, up_rows, x, x2, gate_factor, up_factor, out, out2, inner - first,
+                    STEPS, AHEAD, BLOCK_N, EVEN, True, OPAQUE,
+                )  # fmt: skip
+            else:
+                _walk(
+                    ptrs, up_offset, mask, gate_rows, up_rows, x, x, gate_factor, up_factor, out, out, inner - first,
+                    STEPS, AHEAD, BLOCK_N, EVEN, False, OPAQUE,
+                )  # fmt: skip
+            pair = tl.min(tl.where(mine & (lanes > second), lanes, SCAN), axis=0)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def gate_up_kernel(
     x_ptr, weight_ptr, scale_ptr, ids_ptr, out_ptr, num_pairs, num_experts, inner: tl.constexpr, K: tl.constexpr, x_stride,
@@ -37,8 +148,7 @@ def gate_up_kernel(
     place = tl.program_id(0) if PAIRS_FASTEST else tl.program_id(1)
     part = tl.program_id(1) if PAIRS_FASTEST else tl.program_id(0)
     tokens = num_pairs // CHOICES
-    # last choices come first: all tokens share the last one's expert, whose program takes longest
-    pair = place % tokens * CHOICES + CHOICES - 1 - place // tokens
+    pair = _pair_of(place, tokens, CHOICES)
     chosen = tl.load(ids_ptr + pair)
     works = (chosen >= 0) & (chosen < num_experts)
     lanes = tl.arange(0, SCAN)
@@ -110,7 +220,7 @@ def gate_up_by_warps_kernel(
     place = tl.program_id(0) if PAIRS_FASTEST else tl.program_id(1)
     part = tl.program_id(1) if PAIRS_FASTEST else tl.program_id(0)
     tokens = num_pairs // CHOICES
-    pair = place % tokens * CHOICES + CHOICES - 1 - place // tokens
+    pair = _pair_of(place, tokens, CHOICES)
     chosen = tl.load(ids_ptr + pair)
     works = (chosen >= 0) & (chosen < num_experts)
     lanes = tl.arange(0, SCAN)
@@ -252,7 +362,7 @@ LOAD = 16
 
 
 def gate_up(x, w13, s13, ids, out, *, lead, pairs_fastest=False, rows=4, warps=4, steps=1, stages=0, pdl=False,
-            pdl_launch=None, by_warps=False, wide=True, **options):  # fmt: skip
+            pdl_launch=None, by_warps=False, wide=True, two=False, **options):  # fmt: skip
     (tokens, choices), (experts, double, hidden) = ids.shape, w13.shape
     inner, pairs, blocks = double // 2, ids.numel(), s13.shape[1] // 2
     scale_n, scale_k = block_size(w13[:, :inner], s13[:, :blocks])
@@ -271,6 +381,13 @@ def gate_up(x, w13, s13, ids, out, *, lead, pairs_fastest=False, rows=4, warps=4
             x, codes, s13, ids, out, pairs, experts, inner, hidden, x.stride(0),
             codes.stride(0), codes.stride(1), s13.stride(0), s13.stride(1), blocks * s13.stride(1),
             CHOICES=choices, CHUNKS=block_k // LOAD // lanes, LANES=lanes, WIDE=wide, **shared,
+        )  # fmt: skip
+        return
+    if two:
+        gate_up_two_kernel[grid](
+            x, codes, s13, ids, out, pairs, experts, inner, hidden, x.stride(0),
+            codes.stride(0), codes.stride(1), s13.stride(0), s13.stride(1), blocks * s13.stride(1),
+            CHOICES=choices, BLOCK_K=block_k, OPAQUE=False, **shared,
         )  # fmt: skip
         return
     gate_up_kernel[grid](

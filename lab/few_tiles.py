@@ -61,8 +61,8 @@ def gate_up_kernel(
         tokens = num_pairs // CHOICES
         tile = tile % tokens * CHOICES + CHOICES - 1 - tile // tokens
     expert = tl.load(experts_ptr + tile).to(tl.int64)
+    pairs = tl.load(pairs_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))  # not after a look at the expert
     if expert >= 0:
-        pairs = tl.load(pairs_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))
         used = pairs < num_pairs
         rows = (pairs // CHOICES).to(tl.int64)
         first = tl.program_id(0) * BLOCK_N

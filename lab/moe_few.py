@@ -111,6 +111,9 @@ say(torch=torch.__version__, gpu=torch.cuda.get_device_name())
 UP_ROWS = {
     "lead": {"lead": True},
     "lead, 4 steps": {"lead": True, "steps": 4},
+    "lead, 2 steps": {"lead": True, "steps": 2},
+    "two at once, 4 steps of 2 rows": {"lead": True, "two": True, "rows": 2, "steps": 4},
+    "two at once, 128 registers": {"lead": True, "two": True, "maxnreg": 128},
     "pairs fastest": {"lead": False, "pairs_fastest": True},
     "lead, by warps, 8 steps": {"lead": True, "by_warps": True, "steps": 8},
     "lead, 8 steps of 2 rows": {"lead": True, "rows": 2, "steps": 8},
