@@ -241,8 +241,9 @@ def _every_way(
         for tokens in TOKENS:
             for width in (hidden, w2.shape[2]):
                 quantize_tokens(serving.zeros(tokens, width))
-    for way in ways:
-        tokens = _fewest_tokens(way, choices, w13.shape[0])
+    for way, (first, _) in ways.items():
+        rows = way.config is None and way.plan is None
+        tokens = first if rows else _fewest_tokens(way, choices, w13.shape[0])
         ids = torch.full((tokens, choices), SKIPPED, dtype=torch.int32, device=serving.device)
         call = (serving.zeros(tokens, hidden), w13, w2, serving.zeros(*ids.shape, dtype=torch.float32), ids, *scales)
         if way.plan is not None:
@@ -263,7 +264,7 @@ def _fewest_tokens(way: Way, choices: int, num_experts: int) -> int:
         return -(-MANY_PAIRS // choices)
     if way.scan == LONG_SCAN:
         return SHORT_SCAN // choices + 1
-    if way.config is None or way.apart:
+    if way.config is None or way.apart:  # a plan asks for nothing of them
         return 1
     rows = way.config.block_m
     return next(tokens for tokens in count(1) if not apart(tokens * choices, num_experts, rows))

@@ -38,7 +38,7 @@ def moe(
     ep: Annotated[int, _EP] = 1,
     dtype: Annotated[str | None, _DTYPE] = None,
     effort: Annotated[str, typer.Option(help="quick, default or thorough.")] = "default",
-    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, e.g. 1,8,64; default: 1 to 8192.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Numbers of tokens, e.g. 24,64,512; default: 24 to 8192.")] = None,
     out: Annotated[Path, typer.Option(help="Where <gpu>/E=….json goes, with its picture.")] = Path("moe-configs"),
     state: Annotated[
         Path | None, typer.Option(help="What was measured so far; default: beside the config. Taken up if it is there.")
@@ -53,14 +53,14 @@ def moe(
     from rich.console import Console
 
     from .cuda import CudaMachine, layers_that_fit, moe_files, this_gpu, this_machine, versions
-    from .problem import TOKENS
+    from .problem import TUNED
     from .run import parse_tokens, tune
     from .session import About, Place
     from .space import EFFORTS
 
     if effort not in EFFORTS:
         raise SettingsError(f"--effort: {effort!r} is not known: use {', '.join(EFFORTS)}.")
-    counts = TOKENS if tokens is None else parse_tokens(tokens)
+    counts = TUNED if tokens is None else parse_tokens(tokens)
     problem = _problem(_spec(model), tp, ep, dtype)
     gpu = this_gpu()
     place = Place(out, state)

@@ -25,7 +25,7 @@ from qwen3next_plugin.kernels.gpus import gpu_slug
 from qwen3next_plugin.kernels.moe.config import MoeConfig, nearest, read_file
 
 from .files import write_atomically
-from .problem import TOKENS, Problem
+from .problem import Problem
 
 _SHIPPED = {
     "vllm": Path("model_executor/layers/fused_moe/configs"),
@@ -90,7 +90,7 @@ def _content(path: Path, problem: Problem, down: bool) -> dict[str, Any]:
     block = min(128, problem.inner & -problem.inner) if problem.mode == "fp8" else None
     entries = read_file(path).entries
     found: dict[str, Any] = {}
-    for tokens in TOKENS:
+    for tokens in sorted({entry.tokens for entry in entries}):
         kinds = {entry.activation_bytes for entry in entries if entry.tokens == tokens}
         for kind in sorted(kinds)[:1]:
             config = nearest(entries, tokens, kind)

@@ -12,10 +12,13 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.expert_shard import ExpertShard
 from qwen3next_plugin.kernels.gpus import Gpu
 from qwen3next_plugin.kernels.moe.config import file_name, weights_name
-from qwen3next_plugin.kernels.moe.ways import MAX_TOKENS
 from qwen3next_plugin.spec import Qwen3NextSpec
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TUNED = (24, *TOKENS[5:])
+"""What is measured when nothing else is asked for: up to `kernels.moe.ways.MAX_TOKENS` tokens have no tiles."""
+WIDE_TOKENS = 4
+"""Entries of FP8 weights up to so many tokens are for wide activations, met where rounding was forbidden only."""
 MODES = ("bf16", "fp8")
 SCALE_BLOCK = 128
 
@@ -62,8 +65,8 @@ class Problem:
         return file_name(self.experts, self.hidden, self.inner, weights_name(self.dtype, 2))
 
     def activation_bytes(self, tokens: int, gpu: Gpu) -> int:
-        """Of one activation where it meets the weights, as `fused_moe` decides when it is not told."""
-        return 1 if self.mode == "fp8" and gpu.fp8 is not None and tokens > MAX_TOKENS else 2
+        """Of one activation in the tiles of so many tokens."""
+        return 1 if self.mode == "fp8" and gpu.fp8 is not None and tokens > WIDE_TOKENS else 2
 
     def products(self, activation_bytes: int) -> tuple[Product, Product]:
         """Gate-up and down."""

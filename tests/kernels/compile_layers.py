@@ -3,7 +3,8 @@
 Run as a process of its own, without TRITON_INTERPRET, with the compute capability as argument: 90 or 80, where FP8
 weights are read as bytes and activations are never rounded. Triton is given a driver that only names its target, and
 every launch stops after compilation; the launches are those of the real model's sizes. Prints one JSON object: kernel
-name -> the most shared memory (bytes) one of its variants uses.
+name, with ", early" where it may begin before the launch in front of it ends -> the most shared memory (bytes) one of
+its variants uses.
 """
 
 import json
@@ -17,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels.gemm import policy, triton_few
 from qwen3next_plugin.kernels.gemm import triton as gemm
-from qwen3next_plugin.kernels.moe import peers
+from qwen3next_plugin.kernels.moe import peers, ways
 from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.moe.triton.align import align
 from qwen3next_plugin.kernels.moe.triton.apart import tiles_apart
@@ -49,7 +50,7 @@ def compile_only(run: Any) -> Any:
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        name = self.fn.__name__
+        name = self.fn.__name__ + (", early" if kernel.metadata.launch_pdl else "")
         SHARED[name] = max(SHARED.get(name, 0), kernel.metadata.shared)
         return kernel
 
@@ -98,7 +99,7 @@ def launch_few(rows: int) -> None:
 def launch_experts(dtype: torch.dtype, tokens: int) -> None:
     """The experts in `dtype`, with FP8 weights, and with FP8 activations too; on one rank and on the last of eight."""
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
-    choices = TOP_K if tokens > 1 else 11  # of a few tokens a compile-time value that costs registers
+    choices = TOP_K if tokens > ways.MAX_TOKENS else 11  # of few tokens a compile-time value that costs registers
     router, ids = torch.zeros(tokens, choices), torch.zeros(tokens, choices, dtype=torch.int32)
     for inner in (INNER, INNER // 8):
         w13, w2 = torch.zeros(EXPERTS, 2 * inner, HIDDEN, dtype=dtype), torch.zeros(EXPERTS, HIDDEN, inner, dtype=dtype)
@@ -126,10 +127,12 @@ def main() -> None:
     driver.set_active(NamesTargetOnly())
     JITFunction.run = compile_only(JITFunction.run)
     policy.decodes_weights = lambda device: CAPABILITY < 89
+    ways.begins_early = lambda device: CAPABILITY >= 90
     launch_all(torch.bfloat16)
     for rows in (1, 4, 16):
         launch_few(rows)
-    for tokens in (1, 17, 1000):  # a few, and the first and the last row of the table of tile sizes
+    # whole rows in two launches of which the second begins early or not; the table's first and last tile sizes
+    for tokens in (1, ways.MAX_TOKENS, ways.MAX_TOKENS + 1, 1000):
         launch_experts(torch.bfloat16, tokens)
     if CAPABILITY >= 89:
         launch_by_peer(torch.bfloat16, 1000)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
+from qwen3next_plugin.kernels.moe import ways
 
 from .common import assert_close, assert_repeatable, tolerance
 
 pytestmark = pytest.mark.gpu
 EXPERTS, HIDDEN, INNER, TOP_K = 512, 2048, 512, 10
+CAN_BEGIN_EARLY = ways.begins_early(torch.device("cuda", 0)) if torch.cuda.is_available() else False
 
 
 def weights(fp8: bool) -> tuple[Any, ...]:
@@ -39,7 +41,7 @@ def expected(
 def test_real_sizes(mode: str) -> None:
     w = weights(mode != "bf16")
     rounded = mode == "fp8 activations"
-    for tokens in (1, 4, 7, 17, 18, 64, 1024):
+    for tokens in (1, 4, 8, 9, 16, 17, 18, 64, 1024):
         x = torch.randn(tokens, HIDDEN, device="cuda").to(torch.bfloat16)
         router, ids = moe.route(torch.randn(tokens, EXPERTS, device="cuda") * 2, TOP_K, True)
         actual = moe.fused_moe(x, w[0], w[1], router, ids, *w[2:], quantize_activations=rounded)
@@ -52,10 +54,30 @@ def test_real_sizes(mode: str) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_routing_and_experts_in_a_cuda_graph_without_host_sync(fp8: bool) -> None:
+@pytest.mark.usefixtures("poisoned_memory")
+def test_beginning_early_changes_no_bit(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step behind the other, as layers come: who reads what the first launch has not written yet, reads NaN."""
     w = weights(fp8)
-    x = torch.randn(16, HIDDEN, device="cuda").to(torch.bfloat16)
-    logits = torch.randn(16, EXPERTS, device="cuda")
+    for tokens in (1, 3, ways.EARLY_TOKENS):
+        found = []
+        for early in (False, True):
+            monkeypatch.setattr(ways, "begins_early", lambda device, early=early: early and CAN_BEGIN_EARLY)
+            x = torch.linspace(-1, 1, tokens * HIDDEN, device="cuda").view(tokens, HIDDEN).to(torch.bfloat16)
+            for _ in range(20):
+                router, ids = moe.route(x[:, :EXPERTS], TOP_K, True)
+                x = moe.fused_moe(x, w[0], w[1], router, ids, *w[2:])
+                x = x / x.float().norm(dim=1, keepdim=True).to(x.dtype)
+                found.append(x)
+        assert all(torch.equal(late, soon) for late, soon in zip(found[:20], found[20:], strict=True))
+        assert not torch.stack(found).isnan().any()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("tokens", [4, 16, 20])
+def test_routing_and_experts_in_a_cuda_graph_without_host_sync(tokens: int, fp8: bool) -> None:
+    w = weights(fp8)
+    x = torch.randn(tokens, HIDDEN, device="cuda").to(torch.bfloat16)
+    logits = torch.randn(tokens, EXPERTS, device="cuda")
 
     def step() -> torch.Tensor:
         router, ids = moe.route(logits, TOP_K, True)

@@ -1,6 +1,6 @@
 """The mixture of experts in Triton: sort pairs by expert, gate-up product with SwiGLU, down product, weighted sum.
 
-A few tokens take a shorter way (`few`), and some more need no sorting (`apart`).
+Few tokens take a shorter way (`few`), and some more need no sorting (`apart`).
 
 All intermediate results are indexed by pair (token, choice), so every value is written once, by one program, and summed
 in the order of the choices: no atomics, and equal inputs give equal bits. Nothing is read back to the host and every
@@ -250,15 +250,15 @@ def fused_moe(
     if way.plan is not None:
         return fused_moe_by_peer(way.plan, x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     if config is None:
-        return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
+        return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, way.early)
     out, values = x.new_empty(x.shape), x.new_empty((tokens * top_k, hidden))
     # Where a tile of gate and up is as wide as a group of the next product's inputs, it rounds them itself.
-    rounds = way.quantize and w13.dtype is FP8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
+    fp8 = way.quantize and w13.dtype is FP8
+    rounds = fp8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
     activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
     scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     x_scale = None
     if way.apart:
-        fp8 = way.quantize and w13.dtype is FP8
         tiles, x, x_scale = tiles_apart(topk_ids, num_experts, config.block_m, x, rounds=fp8)
     else:
         tiles, _ = align(topk_ids, num_experts, config.block_m)

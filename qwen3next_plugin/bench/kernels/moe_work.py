@@ -193,7 +193,7 @@ def _facts(one: MoeInputs, useful: int, pair: int) -> dict[str, Any]:
     elif way.config is not None:
         height, config = way.config.block_m, config_object(way.config)
     else:
-        return facts | {"padded_flops": useful, "config": "few tokens: no tiles"}
+        return facts | {"padded_flops": useful, "config": "whole rows: no tiles"}
     rows = torch.bincount(one.ids.flatten(), minlength=one.w13.shape[0]).tolist()
     padded = sum(math.ceil(count / height) * height for count in rows)
     return facts | {"padded_flops": padded * pair, "config": config}

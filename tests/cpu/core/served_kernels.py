@@ -317,6 +317,7 @@ def main(kind: str) -> None:
         patch.object(JITFunction, "run", note),
         patch.object(policy, "has_fp8_units", lambda device: True),
         patch.object(ways, "has_fp8_units", lambda device: True),
+        patch.object(ways, "begins_early", lambda device: True),
     ):
         warm_up(case.models(), Serving(BF16, device, MAX_TOKENS, 3, **case.serving()))
         warm = set(specializations)

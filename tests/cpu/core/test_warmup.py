@@ -56,7 +56,7 @@ def test_both_ways_of_a_short_scan_are_found_and_met(monkeypatch: pytest.MonkeyP
     w13, scale = fp8_weights(64)
     found = ways.ways_up_to(300, 3, 2, w13, scale)
     short = {way: limits for way, limits in found.items() if way.scan == ways.SHORT_SCAN}
-    assert [(way.apart, limits) for way, limits in short.items()] == [(True, (5, 22)), (False, (23, 85))]
+    assert [(way.apart, limits) for way, limits in short.items()] == [(True, (17, 22)), (False, (23, 85))]
     for way in found:
         tokens = warmup._fewest_tokens(way, 3, 64)
         if way.config is None:
@@ -78,8 +78,8 @@ def test_every_way_of_a_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(ways, "choose_config", choose)
     found = ways.ways_up_to(130, 1, 2, torch.empty(4, 32, 16))
     assert [(way.config, limits) for way, limits in found.items()] == [
-        (None, (1, 4)),
-        (one, (5, 113)),
+        (None, (1, ways.MAX_TOKENS)),
+        (one, (ways.MAX_TOKENS + 1, 113)),
         (other, (29, 56)),
         (far, (114, 130)),
     ]

@@ -13,8 +13,10 @@ from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gpus import KNOWN
 from qwen3next_plugin.kernels.moe.config import CONFIGS, read_file
+from qwen3next_plugin.kernels.moe.ways import MAX_TOKENS
 from qwen3next_plugin.tune import defaults, files
 from qwen3next_plugin.tune.model import config_seconds
+from qwen3next_plugin.tune.problem import TOKENS, TUNED
 from qwen3next_plugin.tune.result import as_line, as_table, model_file
 from qwen3next_plugin.tune.run import parse_tokens
 from qwen3next_plugin.tune.session import Progressing
@@ -104,6 +106,11 @@ def test_time_left_follows_what_was_measured_not_what_was_known() -> None:
     assert progress.left() == "50 s left"
     now = 60.0
     assert progress.left() == "5 min left"
+
+
+def test_nothing_is_tuned_that_has_no_tiles() -> None:
+    """Up to MAX_TOKENS whole rows serve, whatever a file says."""
+    assert min(TUNED) > MAX_TOKENS and set(TUNED) - set(TOKENS) == {24}
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,x", "-3", "1,,2"])
