@@ -16,6 +16,7 @@ from ...integers import cdiv, next_power_of_2
 from ..ways import chunked, max_tiles, scan_of
 
 _CHUNK = 128  # pairs that are compared with each other where there are many
+HEIGHT = 64  # rows of a tile where several of one expert are a group
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,24 @@ class Tiles:
     """Pairs sorted by expert. A pair p stands for token p // top_k and its choice p % top_k.
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
-    experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set).
+    experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set);
+    groups [max_groups + 1] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's number
+    and how many there are; last the number of groups in use, behind which they are not set.
     """
 
     pairs: torch.Tensor
     experts: torch.Tensor
     block_m: int
+    groups: torch.Tensor | None = None
+    most: int = 1
 
     @property
     def max_tiles(self) -> int:
         return self.experts.shape[0]
+
+    @property
+    def max_groups(self) -> int:
+        return 0 if self.groups is None else self.groups.shape[0] - 1
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
@@ -47,22 +56,25 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "groups_end"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
     pairs_ptr,
     experts_ptr,
     starts_ptr,
+    groups_ptr,
     num_pairs,
     num_experts,
     num_tiles,
+    groups_end,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SCAN: tl.constexpr,
     PLACE: tl.constexpr,
+    MOST: tl.constexpr,
 ):
-    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin."""
+    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin; (MOST > 0) its groups."""
     expert = tl.program_id(0)
     others = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + others, mask=others < num_experts, other=0)
@@ -76,6 +88,17 @@ def _place_kernel(
     if expert == num_experts - 1:
         for begin in range(first_tile + my_tiles, num_tiles, SCAN):
             tl.store(experts_ptr + begin + lanes, -1, mask=begin + lanes < num_tiles)
+    if MOST > 0:
+        groups = (tiles + MOST - 1) // MOST
+        first_group = tl.sum(tl.where(others < expert, groups, 0), axis=0)
+        my_groups = (my_tiles + MOST - 1) // MOST
+        even, taller = my_tiles // tl.maximum(my_groups, 1), my_tiles % tl.maximum(my_groups, 1)
+        for begin in range(0, my_groups, SCAN):
+            group = begin + lanes
+            packed = 4 * (first_tile + group * even + tl.minimum(group, taller)) + even + (group < taller).to(tl.int32)
+            tl.store(groups_ptr + first_group + group, packed, mask=group < my_groups)
+        if expert == num_experts - 1:
+            tl.store(groups_ptr + groups_end, first_group + my_groups)
     position = first_tile.to(tl.int64) * BLOCK_M
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
@@ -139,10 +162,10 @@ def _chunk_place_kernel(
     tl.store(pairs_ptr + place, pairs.to(tl.int32), mask=held)
 
 
-def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles, torch.Tensor]:
+def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0) -> tuple[Tiles, torch.Tensor]:
     """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out.
 
-    Unused tiles come last. Returns the number of each expert's pairs too, [E] int32.
+    Unused tiles come last. With `most` an expert's tiles are grouped, as evenly as groups of so many can be. Returns the number of each expert's pairs too, [E] int32.
     """
     ids = topk_ids.reshape(-1)
     num_pairs = ids.numel()
@@ -153,6 +176,10 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
     scan = scan_of(num_pairs)
     block_e, many, chunks = next_power_of_2(num_experts), chunked(num_pairs), cdiv(num_pairs, _CHUNK)
     starts = before = ranks = counts
+    groups = None
+    if most:
+        # an expert of t tiles has at most t / most + 1 groups, and one of no tiles has none
+        groups = torch.empty(max_tiles(num_pairs, num_experts, block_m * most) + 1, dtype=torch.int32, device=ids.device)
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
         before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
@@ -171,17 +198,20 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
         pairs,
         experts,
         starts,
+        counts if groups is None else groups,
         num_pairs,
         num_experts,
         num_tiles,
+        0 if groups is None else groups.numel() - 1,
         BLOCK_M=block_m,
         BLOCK_E=block_e,
         SCAN=scan,
         PLACE=not many,
+        MOST=most,
         num_warps=4,
     )
     if many:
         _chunk_place_kernel[(chunks,)](
             ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
         )
-    return Tiles(pairs, experts, block_m), counts
+    return Tiles(pairs, experts, block_m, groups, most), counts

@@ -1,0 +1,277 @@
+"""Experts of many tokens, parts and variants: `moe_many.py SECONDS FILE`; one JSON line a measurement."""
+
+import json
+import os
+import sys
+import time
+from functools import partial
+
+import torch
+
+from qwen3next_plugin.bench.kernels.timing import GraphTimer, Times
+from qwen3next_plugin.kernels import moe
+from qwen3next_plugin.kernels.gemm.reference import FP8
+from qwen3next_plugin.kernels.gemm.triton import quantize_tokens
+from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
+from qwen3next_plugin.kernels.moe.triton import combine
+from qwen3next_plugin.kernels.moe.triton.align import HEIGHT, align
+from qwen3next_plugin.kernels.moe.triton.experts import _grouped
+from qwen3next_plugin.kernels.moe.triton.tall import TallForm, TallTile, fused_moe_tall, tall_product
+
+BEGIN = time.monotonic()
+END, PATH = BEGIN + float(sys.argv[1]), sys.argv[2]
+H, E, I, K, DEV, MS = 2048, 513, 512, 10, "cuda", (8192, 2048, 4096, 512)
+TIMER = GraphTimer()
+DRY = "LAB_DRY" in os.environ  # without a GPU, under the interpreter: only whether the script runs
+if DRY:
+    H, E, I, K, DEV, MS = 256, 5, 128, 2, "cpu", (190, 30, 70, 9)
+
+    def TIMER(calls):
+        for call in calls:
+            call()
+        return Times((1.0, 2.0), "dry")
+
+
+TODAY = {
+    MS[3]: MoeConfig(16, Tile(128, 128, 4, 3), Tile(128, 128, 4, 3)),
+    MS[1]: MoeConfig(64, Tile(64, 128, 4, 4), Tile(64, 128, 4, 3)),
+    MS[2]: MoeConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3)),
+    MS[0]: MoeConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4)),
+}
+# name: most tiles a group, tile, whether it rounds (groups of half its block_n)
+GATE_UP = {
+    "joined rounds": (3, TallTile(128, 8, 4), True),
+    "split": (3, TallTile(256, 8, 4, split=True), True),
+    "joined rounds walks": (3, TallTile(128, 8, 4, walks=132), True),
+    "split walks": (3, TallTile(256, 8, 4, split=True, walks=132), True),
+    "joined rounds late": (3, TallTile(128, 8, 4, ahead=False), True),
+    "pairs of tiles": (2, TallTile(128, 8, 4), True),
+    "joined": (3, TallTile(128, 8, 4), False),
+    "one tile": (1, TallTile(128, 4, 4), True),
+    "split 3 stages": (3, TallTile(256, 8, 3, split=True), True),
+    "joined rounds 3 stages": (3, TallTile(128, 8, 3), True),
+    "low": (2, TallTile(128, 4, 3, low=64), True),
+    "one tile split": (1, TallTile(256, 8, 4, split=True), True),
+}
+DOWN = {
+    "128 columns": (3, TallTile(128, 8, 3)),
+    "64 columns": (3, TallTile(64, 4, 3)),
+    "128 columns walks": (3, TallTile(128, 8, 3, walks=132)),
+    "128 columns late": (3, TallTile(128, 8, 3, ahead=False)),
+    "128 columns 4 stages": (3, TallTile(128, 8, 4)),
+    "128 columns low": (2, TallTile(128, 4, 3, low=64)),
+    "64 columns walks": (3, TallTile(64, 4, 3, walks=264)),
+    "one tile": (1, TallTile(128, 4, 4)),
+}
+DOWN_64 = {  # factors every 64 columns: steps of 64
+    "128 columns": (3, TallTile(128, 8, 6)),
+    "64 columns": (3, TallTile(64, 4, 6)),
+    "128 columns 4 stages": (3, TallTile(128, 8, 4)),
+    "one tile": (1, TallTile(128, 4, 6)),
+}
+
+
+def say(**line):
+    with open(PATH, "a") as f:
+        f.write(json.dumps({"room": "moe-many"} | line) + "\n")
+
+
+def attempt(what, action, left=0.0):
+    """The line's result, or None; nothing where the time is over but for `left` seconds."""
+    if time.monotonic() > END - left:
+        return None
+    begin = time.monotonic()
+    try:
+        with torch.no_grad():
+            found = action()
+    except Exception as e:
+        found = {"error": f"{type(e).__name__}: {' '.join(str(e).split())}"[:400]}
+    say(**what, **found, took_s=round(time.monotonic() - begin, 2))
+    torch.cuda.empty_cache()
+    return found
+
+
+def timed(calls):
+    t = TIMER(calls)
+    us = sorted(1e6 * s for s in t.seconds)
+    return {"us": round(us[len(us) // 2], 2), "least": round(us[0], 2), "how": t.how}
+
+
+def err(a, b):
+    return float(f"{float((a.float() - b.float()).norm() / b.float().norm()):.3g}")
+
+
+def codes(n, k):
+    made = torch.empty(E, n, k, dtype=FP8, device=DEV)
+    for b in range(0, E, 32):
+        made[b : b + 32].copy_((torch.randn(made[b : b + 32].shape, device=DEV) * 64).clamp_(-448, 448))
+    return made
+
+
+def factors(n, k):
+    return (torch.rand(E, n // 128, k // 128, device=DEV) + 0.5) / (64 * k**0.5)
+
+
+torch.manual_seed(0)
+W13, W2, S13, S2 = codes(2 * I, H), codes(H, I), factors(2 * I, H), factors(H, I)
+GATE = torch.randn(1, H, device=DEV).bfloat16()
+
+
+class Step:
+    """One number of tokens: inputs, sorted pairs, and what each part is given; `copies` inputs for whole steps."""
+
+    def __init__(self, m, copies=2):
+        self.m, self.pairs = m, m * (K + 1)
+        self.inputs = []
+        for _ in range(copies):
+            x = torch.randn(m, H, device=DEV).bfloat16()
+            self.inputs.append((x, *moe.route(torch.randn(m, E - 1, device=DEV).bfloat16(), K, True, x, GATE)))
+        self.x, self.weights, self.ids = self.inputs[0]
+        self.codes, self.scale = quantize_tokens(self.x)
+        self.tall = {most: align(self.ids, E, HEIGHT, most)[0] for most in (1, 2, 3)}
+        self.tiles = align(self.ids, E, TODAY[m].block_m)[0]
+        self.plain = torch.empty(self.pairs, I, dtype=torch.bfloat16, device=DEV)
+        self.today_gate_up(self.plain)
+        self.inner = quantize_tokens(self.plain)
+        halves = self.plain.float().view(-1, 64)
+        scale = (halves.abs().amax(1, keepdim=True) / 448).clamp(min=1e-30)
+        self.inner_64 = (halves / scale).to(FP8).view(-1, I), scale.view(-1, I // 64).contiguous()
+        self.values = torch.empty(self.pairs, H, dtype=torch.bfloat16, device=DEV)
+        self.today_down(self.values)
+
+    def today_gate_up(self, out):
+        _grouped(
+            self.codes, W13, S13, None, self.tiles, TODAY[self.m].gate_up, out,
+            pairs_per_row=K + 1, swiglu=True, quantize=True, a_scale=self.scale)  # fmt: skip
+
+    def today_down(self, out):
+        _grouped(self.inner[0], W2, S2, None, self.tiles, TODAY[self.m].down, out, pairs_per_row=1, swiglu=False,
+                 quantize=True, a_scale=self.inner[1])  # fmt: skip
+
+    def gate_up(self, name):
+        most, tile, rounds = GATE_UP[name]
+        out = torch.full((self.pairs, I), float("nan"), device=DEV).to(FP8 if rounds else torch.bfloat16)
+        group = tile.block_n // 2
+        scale = torch.full((self.pairs, I // group), float("nan"), device=DEV) if rounds else None
+        call = partial(tall_product, self.codes, self.scale, W13, S13, self.tall[most], out, scale,
+                       pairs_per_row=K + 1, swiglu=True, tile=tile)  # fmt: skip
+        call()
+        got = out.float()
+        if scale is not None:
+            got = (got.view(-1, group) * scale.view(-1, 1)).view(-1, I)
+        return {"error_to_today": err(got, self.plain), **timed([call] * 2)}
+
+    def down(self, name, fine):
+        most, tile = (DOWN_64 if fine else DOWN)[name]
+        out = torch.full((self.pairs, H), float("nan"), device=DEV, dtype=torch.bfloat16)
+        inner = self.inner_64 if fine else self.inner
+        call = partial(tall_product, *inner, W2, S2, self.tall[most], out, pairs_per_row=1, swiglu=False, tile=tile)
+        call()
+        return {"error_to_today": err(out, self.values), **timed([call] * 2)}
+
+    def combined(self, unrolled, block, warps):
+        out = torch.full((self.m, H), float("nan"), device=DEV, dtype=torch.bfloat16)
+        kept = combine.UNROLLED, combine.BLOCK, combine.WARPS
+        combine.UNROLLED, combine.BLOCK, combine.WARPS = unrolled, block, warps
+        try:
+            call = partial(combine.weighted_sum, self.values, None, self.weights, self.ids, E, out)
+            call()
+            # in chunks: gathering all in float32 would take gigabytes
+            wide = torch.cat([(self.values[b * (K + 1) : (b + 512) * (K + 1)].view(-1, K + 1, H).float()
+                               * self.weights[b : b + 512, :, None]).sum(1) for b in range(0, self.m, 512)])  # fmt: skip
+            return {"error": err(out, wide), **timed([call] * 4)}
+        finally:
+            combine.UNROLLED, combine.BLOCK, combine.WARPS = kept
+
+    def whole_today(self):
+        with forced(TODAY[self.m]):
+            calls = [partial(moe.fused_moe, x, W13, W2, w, ids, S13, S2, quantize_activations=True, num_shared=1)
+                     for x, w, ids in self.inputs]  # fmt: skip
+            return timed(calls)
+
+    def whole(self, form):
+        with forced(TODAY[self.m]):
+            expected = moe.fused_moe(
+                self.x, W13, W2, self.weights, self.ids, S13, S2, quantize_activations=True, num_shared=1
+            )
+        calls = [partial(fused_moe_tall, form, x, W13, W2, w, ids, S13, S2) for x, w, ids in self.inputs]
+        got, again = calls[0](), calls[0]()
+        return {"error_to_today": err(got, expected), "same_bits": bool(torch.equal(got, again)), **timed(calls)}
+
+    def parts(self):
+        """Today's, part by part."""
+        rows = TODAY[self.m].block_m
+        xs = [torch.randn(self.m, H, device=DEV).bfloat16() for _ in range(8)]
+        each = {
+            "sort": [partial(align, ids, E, rows) for _, _, ids in self.inputs],
+            "sort in groups": [partial(align, ids, E, HEIGHT, 3) for _, _, ids in self.inputs],
+            "round x": [partial(quantize_tokens, x) for x in xs],
+            "gate-up": [partial(self.today_gate_up, self.plain)] * 2,
+            "round inner": [partial(quantize_tokens, self.plain)] * 4,
+            "down": [partial(self.today_down, self.values)] * 2,
+        }
+        for name, calls in each.items():
+            attempt({"m": self.m, "part": name, "variant": "today"}, partial(timed, calls))
+
+
+def copied():
+    a = torch.empty(2**29, dtype=torch.uint8, device=DEV)
+    b = torch.empty_like(a)
+    found = timed([partial(b.copy_, a)])
+    return {**found, "tb_s": round(2 * a.numel() / found["us"] / 1e6, 3)}
+
+
+def best(found):
+    return min((t, n) for n, t in found.items() if t)[1] if any(found.values()) else None
+
+
+def us(found):
+    return None if found is None or not found.get("error_to_today", 1) < 0.06 else found.get("us")
+
+
+def explore(m, gate_ups, downs, downs_64, sums, wholes):
+    """Parts, variants, and whole steps of the quickest of them; `wholes`: how many forms."""
+    step = Step(m)
+    attempt({"m": m, "part": "whole", "variant": "today"}, step.whole_today)
+    step.parts()
+    gate = {n: us(attempt({"m": m, "part": "gate-up", "variant": n}, partial(step.gate_up, n), 8)) for n in gate_ups}
+    down = {n: us(attempt({"m": m, "part": "down", "variant": n}, partial(step.down, n, False), 6)) for n in downs}
+    fine = {n: us(attempt({"m": m, "part": "down 64", "variant": n}, partial(step.down, n, True), 6)) for n in downs_64}
+    for args in sums:
+        attempt({"m": m, "part": "sum", "variant": list(args)}, partial(step.combined, *args), 5)
+    forms = []
+    for n, t in gate.items():
+        most, tile, rounds = GATE_UP[n]
+        group_64 = rounds and tile.block_n == 128
+        seconds, table = (fine, DOWN_64) if group_64 else (down, DOWN)
+        # one form has one kind of groups
+        fitting = {d: s for d, s in seconds.items() if s and table[d][0] == most}
+        if t and fitting:
+            d = best(fitting)
+            extra = 0 if rounds else 50 * m / 8192
+            forms.append((t + fitting[d] + extra, n, d, TallForm(most, tile, table[d][1], rounds)))
+    for t, n, d, form in sorted(forms, key=lambda f: f[0])[:wholes]:
+        attempt({"m": m, "part": "whole", "variant": [n, d, form.most], "products_us": round(t, 1)}, partial(step.whole, form))
+    return gate, down, fine
+
+
+def ranked(found, n):
+    return [name for name, t in sorted(((k, v) for k, v in found.items() if v), key=lambda p: p[1])[:n]]
+
+
+say(torch=torch.__version__, gpu="dry" if DRY else torch.cuda.get_device_name())
+if not DRY:
+    attempt({"part": "copy"}, copied)
+SUMS = [(False, 1024, 4), (True, 1024, 4), (True, 2048, 8), (True, 2048, 4), (True, 512, 2)]
+gate, down, fine = explore(MS[0], list(GATE_UP), list(DOWN), list(DOWN_64), SUMS, 3)
+for m in MS[1:]:
+    if time.monotonic() > END - 5:
+        break
+    few = m < MS[2]
+    attempt({"m": m, "part": "all"}, lambda: dict.fromkeys(["done"], bool(explore(
+        m,
+        list(dict.fromkeys([*ranked(gate, 2), "one tile", "one tile split"] if few else ranked(gate, 3))),
+        list(dict.fromkeys([*ranked(down, 2), "one tile"] if few else ranked(down, 2))),
+        list(dict.fromkeys([*ranked(fine, 2), "one tile"] if few else ranked(fine, 2))),
+        SUMS[:2], 2))))  # fmt: skip
+say(done=True, seconds=round(time.monotonic() - BEGIN, 1))
