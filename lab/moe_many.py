@@ -38,37 +38,63 @@ TODAY = {
     MS[2]: MoeConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3)),
     MS[0]: MoeConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 4)),
 }
-# name: most tiles a group, tile, whether it rounds (groups of half its block_n)
+# name: most tiles a group, tile, whether it rounds (groups of half its block_n), rows of a tile
 GATE_UP = {
-    "joined rounds": (3, TallTile(128, 8, 4), True),
-    "split": (3, TallTile(256, 8, 4, split=True), True),
-    "joined rounds walks": (3, TallTile(128, 8, 4, walks=132), True),
-    "split walks": (3, TallTile(256, 8, 4, split=True, walks=132), True),
-    "joined rounds late": (3, TallTile(128, 8, 4, ahead=False), True),
-    "pairs of tiles": (2, TallTile(128, 8, 4), True),
-    "joined": (3, TallTile(128, 8, 4), False),
-    "one tile": (1, TallTile(128, 4, 4), True),
-    "split 3 stages": (3, TallTile(256, 8, 3, split=True), True),
-    "joined rounds 3 stages": (3, TallTile(128, 8, 3), True),
-    "low": (2, TallTile(128, 4, 3, low=64), True),
-    "one tile split": (1, TallTile(256, 8, 4, split=True), True),
+    "joined": (3, TallTile(128, 8, 4, ahead=3), True, 64),
+    "split": (3, TallTile(256, 8, 4, split=True, ahead=3), True, 64),
+    "joined walks": (3, TallTile(128, 8, 4, walks=132, ahead=3), True, 64),
+    "one tile": (1, TallTile(128, 4, 4, ahead=3), True, 64),
+    "split described": (3, TallTile(256, 8, 4, split=True, ahead=3, described=True), True, 64),
+    "joined behind": (3, TallTile(128, 8, 4, ahead=2), True, 64),
+    "split walks": (3, TallTile(256, 8, 4, split=True, walks=132, ahead=3), True, 64),
+    "joined plain": (3, TallTile(128, 8, 4, ahead=3), False, 64),
+    "joined top": (3, TallTile(128, 8, 4, ahead=1), True, 64),
+    "pairs": (2, TallTile(128, 8, 4, ahead=3), True, 64),
+    "split 3 stages": (3, TallTile(256, 8, 3, split=True, ahead=3), True, 64),
+    "low": (2, TallTile(128, 4, 3, low=64, ahead=3), True, 64),
+    "one tile walks": (1, TallTile(128, 4, 4, walks=264, ahead=3), True, 64),
+    "one tile split": (1, TallTile(256, 8, 4, split=True, ahead=3), True, 64),
+    "16 rows": (1, TallTile(256, 4, 3, split=True, ahead=3), True, 16),
+    "16 rows walks": (1, TallTile(256, 4, 3, split=True, walks=264, ahead=3), True, 16),
+    "16 rows joined": (1, TallTile(128, 4, 4, ahead=3), True, 16),
 }
 DOWN = {
-    "128 columns": (3, TallTile(128, 8, 3)),
-    "64 columns": (3, TallTile(64, 4, 3)),
-    "128 columns walks": (3, TallTile(128, 8, 3, walks=132)),
-    "128 columns late": (3, TallTile(128, 8, 3, ahead=False)),
-    "128 columns 4 stages": (3, TallTile(128, 8, 4)),
-    "128 columns low": (2, TallTile(128, 4, 3, low=64)),
-    "64 columns walks": (3, TallTile(64, 4, 3, walks=264)),
-    "one tile": (1, TallTile(128, 4, 4)),
+    "128": (3, TallTile(128, 8, 3, ahead=3), 64),
+    "64": (3, TallTile(64, 4, 3, ahead=3), 64),
+    "128 walks": (3, TallTile(128, 8, 3, walks=132, ahead=3), 64),
+    "128 described": (3, TallTile(128, 8, 3, ahead=3, described=True), 64),
+    "one tile": (1, TallTile(128, 4, 4, ahead=3), 64),
+    "128 4 stages": (3, TallTile(128, 8, 4, ahead=3), 64),
+    "64 walks": (3, TallTile(64, 4, 3, walks=264, ahead=3), 64),
+    "128 behind": (3, TallTile(128, 8, 3, ahead=2), 64),
+    "pairs": (2, TallTile(128, 8, 3, ahead=3), 64),
+    "low": (2, TallTile(128, 4, 3, low=64, ahead=3), 64),
+    "one tile 64": (1, TallTile(64, 4, 4, ahead=3), 64),
+    "one tile walks": (1, TallTile(128, 4, 4, walks=264, ahead=3), 64),
+    "16 rows": (1, TallTile(128, 4, 3, ahead=3), 16),
+    "16 rows walks": (1, TallTile(128, 4, 3, walks=396, ahead=3), 16),
 }
 DOWN_64 = {  # factors every 64 columns: steps of 64
-    "128 columns": (3, TallTile(128, 8, 6)),
-    "64 columns": (3, TallTile(64, 4, 6)),
-    "128 columns 4 stages": (3, TallTile(128, 8, 4)),
-    "one tile": (1, TallTile(128, 4, 6)),
+    "128": (3, TallTile(128, 8, 6, ahead=3), 64),
+    "64": (3, TallTile(64, 4, 6, ahead=3), 64),
+    "128 walks": (3, TallTile(128, 8, 6, walks=132, ahead=3), 64),
+    "one tile": (1, TallTile(128, 4, 6, ahead=3), 64),
+    "16 rows": (1, TallTile(128, 4, 4, ahead=3), 16),
 }
+MANY = {
+    "gate": ["joined", "split", "joined walks", "one tile", "split described", "joined behind", "split walks",
+             "joined plain", "joined top", "pairs", "split 3 stages", "low"],
+    "down": ["128", "64", "128 walks", "128 described", "one tile", "128 4 stages", "64 walks", "128 behind", "pairs",
+             "low"],
+    "fine": ["128", "64", "128 walks", "one tile"],
+}  # fmt: skip
+FEW = {
+    MS[1]: {"gate": ["one tile", "one tile split", "one tile walks"], "down": ["one tile", "one tile 64", "one tile walks"],
+            "fine": ["one tile"]},
+    MS[2]: {"gate": ["pairs"], "down": ["pairs", "low"], "fine": []},
+    MS[3]: {"gate": ["16 rows", "16 rows walks", "16 rows joined"], "down": ["16 rows", "16 rows walks"],
+            "fine": ["16 rows"]},
+}  # fmt: skip
 
 
 def say(**line):
@@ -128,7 +154,7 @@ class Step:
             self.inputs.append((x, *moe.route(torch.randn(m, E - 1, device=DEV).bfloat16(), K, True, x, GATE)))
         self.x, self.weights, self.ids = self.inputs[0]
         self.codes, self.scale = quantize_tokens(self.x)
-        self.tall = {most: align(self.ids, E, HEIGHT, most)[0] for most in (1, 2, 3)}
+        self.tall = {(h, n): align(self.ids, E, h, n)[0] for h, n in ((64, 1), (64, 2), (64, 3), (16, 1))}
         self.tiles = align(self.ids, E, TODAY[m].block_m)[0]
         self.plain = torch.empty(self.pairs, I, dtype=torch.bfloat16, device=DEV)
         self.today_gate_up(self.plain)
@@ -149,11 +175,11 @@ class Step:
                  quantize=True, a_scale=self.inner[1])  # fmt: skip
 
     def gate_up(self, name):
-        most, tile, rounds = GATE_UP[name]
+        most, tile, rounds, height = GATE_UP[name]
         out = torch.full((self.pairs, I), float("nan"), device=DEV).to(FP8 if rounds else torch.bfloat16)
         group = tile.block_n // 2
         scale = torch.full((self.pairs, I // group), float("nan"), device=DEV) if rounds else None
-        call = partial(tall_product, self.codes, self.scale, W13, S13, self.tall[most], out, scale,
+        call = partial(tall_product, self.codes, self.scale, W13, S13, self.tall[height, most], out, scale,
                        pairs_per_row=K + 1, swiglu=True, tile=tile)  # fmt: skip
         call()
         got = out.float()
@@ -162,10 +188,10 @@ class Step:
         return {"error_to_today": err(got, self.plain), **timed([call] * 2)}
 
     def down(self, name, fine):
-        most, tile = (DOWN_64 if fine else DOWN)[name]
+        most, tile, height = (DOWN_64 if fine else DOWN)[name]
         out = torch.full((self.pairs, H), float("nan"), device=DEV, dtype=torch.bfloat16)
         inner = self.inner_64 if fine else self.inner
-        call = partial(tall_product, *inner, W2, S2, self.tall[most], out, pairs_per_row=1, swiglu=False, tile=tile)
+        call = partial(tall_product, *inner, W2, S2, self.tall[height, most], out, pairs_per_row=1, swiglu=False, tile=tile)
         call()
         return {"error_to_today": err(out, self.values), **timed([call] * 2)}
 
@@ -241,15 +267,15 @@ def explore(m, gate_ups, downs, downs_64, sums, wholes):
         attempt({"m": m, "part": "sum", "variant": list(args)}, partial(step.combined, *args), 5)
     forms = []
     for n, t in gate.items():
-        most, tile, rounds = GATE_UP[n]
+        most, tile, rounds, height = GATE_UP[n]
         group_64 = rounds and tile.block_n == 128
         seconds, table = (fine, DOWN_64) if group_64 else (down, DOWN)
         # one form has one kind of groups
-        fitting = {d: s for d, s in seconds.items() if s and table[d][0] == most}
+        fitting = {d: s for d, s in seconds.items() if s and table[d][0] == most and table[d][2] == height}
         if t and fitting:
             d = best(fitting)
             extra = 0 if rounds else 50 * m / 8192
-            forms.append((t + fitting[d] + extra, n, d, TallForm(most, tile, table[d][1], rounds)))
+            forms.append((t + fitting[d] + extra, n, d, TallForm(most, tile, table[d][1], rounds, height)))
     for t, n, d, form in sorted(forms, key=lambda f: f[0])[:wholes]:
         attempt({"m": m, "part": "whole", "variant": [n, d, form.most], "products_us": round(t, 1)}, partial(step.whole, form))
     return gate, down, fine
@@ -263,15 +289,14 @@ say(torch=torch.__version__, gpu="dry" if DRY else torch.cuda.get_device_name())
 if not DRY:
     attempt({"part": "copy"}, copied)
 SUMS = [(False, 1024, 4), (True, 1024, 4), (True, 2048, 8), (True, 2048, 4), (True, 512, 2)]
-gate, down, fine = explore(MS[0], list(GATE_UP), list(DOWN), list(DOWN_64), SUMS, 3)
+gate, down, fine = explore(MS[0], MANY["gate"], MANY["down"], MANY["fine"], SUMS, 4)
 for m in MS[1:]:
     if time.monotonic() > END - 5:
         break
-    few = m < MS[2]
-    attempt({"m": m, "part": "all"}, lambda: dict.fromkeys(["done"], bool(explore(
-        m,
-        list(dict.fromkeys([*ranked(gate, 2), "one tile", "one tile split"] if few else ranked(gate, 3))),
-        list(dict.fromkeys([*ranked(down, 2), "one tile"] if few else ranked(down, 2))),
-        list(dict.fromkeys([*ranked(fine, 2), "one tile"] if few else ranked(fine, 2))),
-        SUMS[:2], 2))))  # fmt: skip
+    more = FEW[m]
+    lists = [
+        list(dict.fromkeys([*more[part], *ranked(found, 0 if m == MS[3] else 2)]))
+        for part, found in (("gate", gate), ("down", down), ("fine", fine))
+    ]
+    attempt({"m": m, "part": "all"}, lambda: {"ran": bool(explore(m, *lists, SUMS[:2], 2))})
 say(done=True, seconds=round(time.monotonic() - BEGIN, 1))

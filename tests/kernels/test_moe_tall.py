@@ -12,7 +12,11 @@ FORMS = {
     "joined": tall.TallForm(3, tall.TallTile(128, 8, 3), tall.TallTile(128, 8, 3), False),
     "rounds 64": tall.TallForm(3, tall.TallTile(128, 8, 3, walks=5), tall.TallTile(128, 8, 3, walks=7), True),
     "split": tall.TallForm(3, tall.TallTile(256, 8, 3, split=True), tall.TallTile(64, 4, 3), True),
-    "low": tall.TallForm(2, tall.TallTile(128, 4, 3, low=64, ahead=False), tall.TallTile(128, 4, 3, low=64), True),
+    "low": tall.TallForm(2, tall.TallTile(128, 4, 3, low=64, ahead=0), tall.TallTile(128, 4, 3, low=64), True),
+    "behind": tall.TallForm(3, tall.TallTile(128, 8, 3, ahead=2), tall.TallTile(128, 8, 3, ahead=3), True),
+    "described": tall.TallForm(
+        3, tall.TallTile(256, 8, 3, split=True, ahead=2, described=True), tall.TallTile(128, 8, 3, described=True), True
+    ),
 }
 EXPERTS, HIDDEN, INNER, TOP_K = 4, 256, 128, 3
 

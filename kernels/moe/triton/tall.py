@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...dispatch import interpreting
 from ...gemm.policy import weight_codes
@@ -20,13 +21,11 @@ from .combine import weighted_sum
 
 
 @triton.jit
-def _step(a, w, acc, factor, w_factor, UPCAST: tl.constexpr):
-    """The sums after one more group of columns; acc [rows, parts, columns], a weight's factor each part."""
+def _dot(a, w, UPCAST: tl.constexpr):
     if UPCAST:
-        part = tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee")
     else:
-        part = tl.dot(a, w)
-    return acc + tl.reshape(part, acc.shape) * (factor[:, None, None] * w_factor[None, :, None])
+        return tl.dot(a, w)
 
 
 @triton.jit
@@ -34,6 +33,7 @@ def _product(
     a_ptr,
     a_scale_ptr,
     w_ptrs,
+    w_row,
     w_scale_ptrs,
     pairs_ptr,
     num_pairs,
@@ -48,6 +48,8 @@ def _product(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Sums of FIRST rows and of SECOND more (0: none) with the same weights, in float32 [rows, PARTS, columns]."""
@@ -66,33 +68,42 @@ def _product(
         rows2 = (pairs2 // PAIRS_PER_ROW).to(tl.int64)
         a2_ptrs = a_ptr + rows2[:, None] * a_stride + ks[None, :]
         scale2_ptrs = a_scale_ptr + rows2 * a_scale_stride
-    if AHEAD:
-        next_w = tl.load(w_scale_ptrs)
-        next_a = tl.load(scale_ptrs, mask=used, other=0.0)
-        if SECOND > 0:
-            next_a2 = tl.load(scale2_ptrs, mask=used2, other=0.0)
-    for group in range(0, K // BLOCK_K):
+    next_w = tl.load(w_scale_ptrs)
+    next_a = tl.load(scale_ptrs, mask=used, other=0.0)
+    if SECOND > 0:
+        next_a2 = tl.load(scale2_ptrs, mask=used2, other=0.0)
+    for group in tl.range(0, K // BLOCK_K, num_stages=STAGES):
         k = group * BLOCK_K
-        if AHEAD:
-            w_factor, a_factor = next_w, next_a
-            following = tl.minimum(group + 1, K // BLOCK_K - 1)
-            next_w = tl.load(w_scale_ptrs + following * BLOCK_K // GROUP)
-            next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
-            if SECOND > 0:
-                a_factor2 = next_a2
-                next_a2 = tl.load(scale2_ptrs + following, mask=used2, other=0.0)
-        else:
+        following = tl.minimum(group + 1, K // BLOCK_K - 1)
+        if AHEAD == 0:
             w_factor = tl.load(w_scale_ptrs + group * BLOCK_K // GROUP)
             a_factor = tl.load(scale_ptrs + group, mask=used, other=0.0)
             if SECOND > 0:
                 a_factor2 = tl.load(scale2_ptrs + group, mask=used2, other=0.0)
-        w = tl.load(w_ptrs + k)
+        else:
+            w_factor, a_factor = next_w, next_a
+            if SECOND > 0:
+                a_factor2 = next_a2
+        if AHEAD == 1:
+            next_w = tl.load(w_scale_ptrs + following * BLOCK_K // GROUP)
+            next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
+            if SECOND > 0:
+                next_a2 = tl.load(scale2_ptrs + following, mask=used2, other=0.0)
+        w = tl.trans(w_ptrs.load([w_row, k])) if DESCRIBED else tl.load(w_ptrs + k)
         a = tl.load(a_ptrs + k, mask=used[:, None], other=0.0)
         if SECOND > 0:
             a2 = tl.load(a2_ptrs + k, mask=used2[:, None], other=0.0)
-        acc = _step(a, w, acc, a_factor, w_factor, UPCAST)
+        part = _dot(a, w, UPCAST)
+        if AHEAD == 2:
+            # behind the fence at the first product, which waits for what was asked for before it
+            next_w = tl.load(w_scale_ptrs + following * BLOCK_K // GROUP)
+            next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
+            if SECOND > 0:
+                next_a2 = tl.load(scale2_ptrs + following, mask=used2, other=0.0)
+        acc += tl.reshape(part, acc.shape) * (a_factor[:, None, None] * w_factor[None, :, None])
         if SECOND > 0:
-            acc2 = _step(a2, w, acc2, a_factor2, w_factor, UPCAST)
+            part = _dot(a2, w, UPCAST)
+            acc2 += tl.reshape(part, acc2.shape) * (a_factor2[:, None, None] * w_factor[None, :, None])
     return acc, acc2
 
 
@@ -101,6 +112,7 @@ def _halves(
     a_ptr,
     a_scale_ptr,
     w_ptrs,
+    w_row,
     w_scale_ptr,
     second_offset,
     second_scale_offset,
@@ -113,6 +125,9 @@ def _halves(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """As `_product` for gate and up in two products: half the sums wait for their factors at a time."""
@@ -126,21 +141,28 @@ def _halves(
     up = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     next_a = tl.load(scale_ptrs, mask=used, other=0.0)
     next_gate, next_up = tl.load(w_scale_ptr), tl.load(w_scale_ptr + second_scale_offset)
-    for group in range(0, K // GROUP):
-        gate_factor, up_factor = next_a * next_gate, next_a * next_up
+    for group in tl.range(0, K // GROUP, num_stages=STAGES):
+        k = group * GROUP
         following = tl.minimum(group + 1, K // GROUP - 1)
-        next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
-        next_gate = tl.load(w_scale_ptr + following)
-        next_up = tl.load(w_scale_ptr + second_scale_offset + following)
-        a = tl.load(a_ptrs + group * GROUP, mask=used[:, None], other=0.0)
-        w = tl.load(w_ptrs + group * GROUP)
-        w2 = tl.load(w_ptrs + second_offset + group * GROUP)
-        if UPCAST:
-            gate += tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee") * gate_factor[:, None]
-            up += tl.dot(a.to(tl.float32), w2.to(tl.float32), input_precision="ieee") * up_factor[:, None]
-        else:
-            gate += tl.dot(a, w) * gate_factor[:, None]
-            up += tl.dot(a, w2) * up_factor[:, None]
+        if AHEAD == 0:
+            next_a = tl.load(scale_ptrs + group, mask=used, other=0.0)
+            next_gate = tl.load(w_scale_ptr + group)
+            next_up = tl.load(w_scale_ptr + second_scale_offset + group)
+        gate_factor, up_factor = next_a * next_gate, next_a * next_up
+        if AHEAD == 1:
+            next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
+            next_gate = tl.load(w_scale_ptr + following)
+            next_up = tl.load(w_scale_ptr + second_scale_offset + following)
+        a = tl.load(a_ptrs + k, mask=used[:, None], other=0.0)
+        w = tl.trans(w_ptrs.load([w_row, k])) if DESCRIBED else tl.load(w_ptrs + k)
+        w2 = tl.trans(w_ptrs.load([w_row + second_offset, k])) if DESCRIBED else tl.load(w_ptrs + second_offset + k)
+        part = _dot(a, w, UPCAST)
+        if AHEAD == 2:
+            next_a = tl.load(scale_ptrs + following, mask=used, other=0.0)
+            next_gate = tl.load(w_scale_ptr + following)
+            next_up = tl.load(w_scale_ptr + second_scale_offset + following)
+        gate += part * gate_factor[:, None]
+        up += _dot(a, w2, UPCAST) * up_factor[:, None]
     return gate, up
 
 
@@ -185,6 +207,7 @@ def _tile(
     a_ptr,
     a_scale_ptr,
     w_ptrs,
+    w_row,
     w_scale_ptrs,
     second_offset,
     second_scale_offset,
@@ -207,18 +230,21 @@ def _tile(
     OUT_FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
     AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     if SPLIT:
         acc, acc2 = _halves(
-            a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second_offset, second_scale_offset, pairs_ptr, num_pairs, K,
-            a_stride, a_scale_stride, PAIRS_PER_ROW, FIRST, BLOCK_N // PARTS, GROUP, UPCAST,
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second_offset, second_scale_offset, pairs_ptr, num_pairs, K,
+            a_stride, a_scale_stride, PAIRS_PER_ROW, FIRST, BLOCK_N // PARTS, GROUP, AHEAD, STAGES,
+            DESCRIBED, UPCAST,
         )  # fmt: skip
     else:
         acc, acc2 = _product(
-            a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, pairs_ptr, num_pairs, K, a_stride, a_scale_stride,
-            PAIRS_PER_ROW, FIRST, SECOND, PARTS, BLOCK_N, BLOCK_K, GROUP, AHEAD, UPCAST,
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, pairs_ptr, num_pairs, K, a_stride, a_scale_stride,
+            PAIRS_PER_ROW, FIRST, SECOND, PARTS, BLOCK_N, BLOCK_K, GROUP, AHEAD, STAGES, DESCRIBED, UPCAST,
         )  # fmt: skip
     _finish(
         acc, acc2, out_ptr, out_scale_ptr, pairs_ptr, column, num_pairs, N,
@@ -264,6 +290,8 @@ def _tall_kernel(
     OUT_FP8: tl.constexpr,
     FP8_MAX: tl.constexpr,
     AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     WALKS: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -290,41 +318,46 @@ def _tall_kernel(
             local = tl.arange(0, BLOCK_N)
             w_rows = (local // WIDTH) * N + column * WIDTH + local % WIDTH
             parts = tl.arange(0, PARTS) * (N // GROUP) + column * WIDTH // GROUP
-        w_ptrs = w_ptr + expert * w_stride_e + w_rows[None, :] * w_stride_n + tl.arange(0, BLOCK_K)[:, None]
+        w_row = expert.to(tl.int32) * PARTS * N + column * WIDTH
+        if DESCRIBED:
+            w_ptrs = w_ptr
+        else:
+            w_ptrs = w_ptr + expert * w_stride_e + w_rows[None, :] * w_stride_n + tl.arange(0, BLOCK_K)[:, None]
         w_scale_ptrs = w_scale_ptr + expert * w_scale_stride_e + parts * w_scale_stride_n
         tile_pairs = pairs_ptr + tile.to(tl.int64) * HEIGHT
-        second, second_scale = N * w_stride_n, N // GROUP * w_scale_stride_n
+        second = N if DESCRIBED else N * w_stride_n
+        second_scale = N // GROUP * w_scale_stride_n
         if SPLIT:
             if count >= 2:
                 _tile(
-                    a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+                    a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
                     column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, 2 * HEIGHT, 0, PARTS,
-                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, SPLIT, UPCAST,
+                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
                 )  # fmt: skip
             if count != 2:
                 _tile(
-                    a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr,
+                    a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr,
                     tile_pairs + (count - 1) * HEIGHT,
                     column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
-                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, SPLIT, UPCAST,
+                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
                 )  # fmt: skip
         elif MOST >= 3 and count == 3:
             _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
                 column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 3 * HEIGHT - LOW, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, SPLIT, UPCAST,
+                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
         elif MOST >= 2 and count == 2:
             _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
                 column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 2 * HEIGHT - LOW, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, SPLIT, UPCAST,
+                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
         else:
             _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
                 column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, SPLIT, UPCAST,
+                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
 
 
@@ -333,7 +366,8 @@ class TallTile:
     """A product's tile: rows of the weight (gate's and up's together), warps and pipeline stages.
 
     low: rows of the first of a program's two products, 64 or 128, where a group has as many; split: gate and up in two
-    products; walks: programs that take one group after another (0: a program each); registers: at most so many a thread.
+    products; ahead: factors are asked for at their use (0), a step before it (1), there behind the first product (2), or
+    with codes (3); described: weights come by tensor descriptors (joined gate and up cannot); walks: programs that take one group after another (0: a program each); registers: at most so many a thread.
     """
 
     block_n: int
@@ -342,7 +376,8 @@ class TallTile:
     low: int = 2 * HEIGHT
     split: bool = False
     walks: int = 0
-    ahead: bool = True
+    ahead: int = 1
+    described: bool = False
     registers: int | None = None
 
 
@@ -364,14 +399,18 @@ def tall_product(
     a_scale's columns say how many of a's share a factor. out may take codes, with out_scale [pairs, N / columns of a
     tile]. tiles must have groups.
     """
-    assert tiles.groups is not None and tiles.block_m == HEIGHT
+    assert tiles.groups is not None
     num_pairs, N = out.shape
     parts = 2 if swiglu else 1
+    codes = weight_codes(weight)
+    if tile.described:
+        assert weight.is_contiguous() and (parts == 1 or tile.split)
+        codes = TensorDescriptor.from_tensor(codes.view(-1, codes.shape[2]), [tile.block_n // parts, GROUP])
     items = tiles.max_groups * cdiv(N * parts, tile.block_n)
     _tall_kernel[(min(tile.walks, items) if tile.walks else items,)](
         a,
         a_scale,
-        weight_codes(weight),
+        codes,
         scale,
         out,
         out if out_scale is None else out_scale,
@@ -390,7 +429,7 @@ def tall_product(
         scale.stride(1),
         PAIRS_PER_ROW=pairs_per_row,
         MOST=tiles.most,
-        HEIGHT=HEIGHT,
+        HEIGHT=tiles.block_m,
         LOW=tile.low,
         PARTS=parts,
         BLOCK_N=tile.block_n,
@@ -398,7 +437,9 @@ def tall_product(
         GROUP=GROUP,
         OUT_FP8=out_scale is not None,
         FP8_MAX=FP8_MAX,
-        AHEAD=tile.ahead,
+        AHEAD=tile.ahead % 3,
+        STAGES=tile.num_stages if tile.ahead == 3 else None,
+        DESCRIBED=tile.described,
         WALKS=tile.walks > 0,
         SPLIT=tile.split,
         UPCAST=interpreting() and not a.is_cuda,
@@ -410,12 +451,13 @@ def tall_product(
 
 @dataclass(frozen=True)
 class TallForm:
-    """Both products' tiles, the most tiles of a group, and whether gate-up rounds what it writes."""
+    """Both products' tiles, the most tiles of a group and their height, and whether gate-up rounds what it writes."""
 
     most: int
     gate_up: TallTile
     down: TallTile
     rounds: bool
+    height: int = HEIGHT
 
 
 def fused_moe_tall(
@@ -431,7 +473,7 @@ def fused_moe_tall(
     """See `kernels.moe.fused_moe`; the arguments are taken as checked, weights as FP8 blocks of 128x128."""
     (tokens, hidden), top_k, num_experts, inner = x.shape, topk_ids.shape[1], w2.shape[0], w2.shape[2]
     pairs = tokens * top_k
-    tiles, _ = align(topk_ids, num_experts, HEIGHT, form.most)
+    tiles, _ = align(topk_ids, num_experts, form.height, form.most)
     codes, scale = quantize_tokens(x)
     activated = x.new_empty((pairs, inner), dtype=FP8 if form.rounds else x.dtype)
     factors = None
