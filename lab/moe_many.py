@@ -1,3 +1,4 @@
+# ruff: noqa: E501, E741, N802
 """Experts of many tokens, parts and variants: `moe_many.py SECONDS FILE`; one JSON line a measurement."""
 
 import json
@@ -191,7 +192,9 @@ class Step:
         most, tile, height = (DOWN_64 if fine else DOWN)[name]
         out = torch.full((self.pairs, H), float("nan"), device=DEV, dtype=torch.bfloat16)
         inner = self.inner_64 if fine else self.inner
-        call = partial(tall_product, *inner, W2, S2, self.tall[height, most], out, pairs_per_row=1, swiglu=False, tile=tile)
+        call = partial(
+            tall_product, *inner, W2, S2, self.tall[height, most], out, pairs_per_row=1, swiglu=False, tile=tile
+        )
         call()
         return {"error_to_today": err(out, self.values), **timed([call] * 2)}
 
@@ -257,14 +260,14 @@ def us(found):
 
 def explore(m, gate_ups, downs, downs_64, sums, wholes):
     """Parts, variants, and whole steps of the quickest of them; `wholes`: how many forms."""
-    step = Step(m)
+    step, left = Step(m), (0.35 * float(sys.argv[1]) if m == MS[0] else 0)  # for the other numbers of tokens
     attempt({"m": m, "part": "whole", "variant": "today"}, step.whole_today)
     step.parts()
-    gate = {n: us(attempt({"m": m, "part": "gate-up", "variant": n}, partial(step.gate_up, n), 8)) for n in gate_ups}
-    down = {n: us(attempt({"m": m, "part": "down", "variant": n}, partial(step.down, n, False), 6)) for n in downs}
-    fine = {n: us(attempt({"m": m, "part": "down 64", "variant": n}, partial(step.down, n, True), 6)) for n in downs_64}
+    gate = {n: us(attempt({"m": m, "part": "gate-up", "variant": n}, partial(step.gate_up, n), left + 12)) for n in gate_ups}
+    down = {n: us(attempt({"m": m, "part": "down", "variant": n}, partial(step.down, n, False), left + 8)) for n in downs}
+    fine = {n: us(attempt({"m": m, "part": "down 64", "variant": n}, partial(step.down, n, True), left + 6)) for n in downs_64}
     for args in sums:
-        attempt({"m": m, "part": "sum", "variant": list(args)}, partial(step.combined, *args), 5)
+        attempt({"m": m, "part": "sum", "variant": list(args)}, partial(step.combined, *args), left + 5)
     forms = []
     for n, t in gate.items():
         most, tile, rounds, height = GATE_UP[n]
@@ -277,8 +280,15 @@ def explore(m, gate_ups, downs, downs_64, sums, wholes):
             extra = 0 if rounds else 50 * m / 8192
             forms.append((t + fitting[d] + extra, n, d, TallForm(most, tile, table[d][1], rounds, height)))
     for t, n, d, form in sorted(forms, key=lambda f: f[0])[:wholes]:
-        attempt({"m": m, "part": "whole", "variant": [n, d, form.most], "products_us": round(t, 1)}, partial(step.whole, form))
+        attempt(
+            {"m": m, "part": "whole", "variant": [n, d, form.most], "products_us": round(t, 1)},
+            partial(step.whole, form),
+        )
     return gate, down, fine
+
+
+def explored(*args):
+    return {"ran": bool(explore(*args))}
 
 
 def ranked(found, n):
@@ -298,5 +308,5 @@ for m in MS[1:]:
         list(dict.fromkeys([*more[part], *ranked(found, 0 if m == MS[3] else 2)]))
         for part, found in (("gate", gate), ("down", down), ("fine", fine))
     ]
-    attempt({"m": m, "part": "all"}, lambda: {"ran": bool(explore(m, *lists, SUMS[:2], 2))})
+    attempt({"m": m, "part": "all"}, partial(explored, m, *lists, SUMS[:2], 2))
 say(done=True, seconds=round(time.monotonic() - BEGIN, 1))

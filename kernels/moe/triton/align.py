@@ -25,8 +25,8 @@ class Tiles:
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
     experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set);
-    groups [max_groups + 1] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's number
-    and how many there are; last the number of groups in use, behind which they are not set.
+    groups [2 * max_groups + 1] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's
+    number and how many there are; each one's expert; last the number of groups in use, behind which they are not set.
     """
 
     pairs: torch.Tensor
@@ -41,7 +41,7 @@ class Tiles:
 
     @property
     def max_groups(self) -> int:
-        return 0 if self.groups is None else self.groups.shape[0] - 1
+        return 0 if self.groups is None else self.groups.shape[0] // 2
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
@@ -56,7 +56,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "groups_end"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "max_groups"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
@@ -67,7 +67,7 @@ def _place_kernel(
     num_pairs,
     num_experts,
     num_tiles,
-    groups_end,
+    max_groups,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SCAN: tl.constexpr,
@@ -97,8 +97,9 @@ def _place_kernel(
             group = begin + lanes
             packed = 4 * (first_tile + group * even + tl.minimum(group, taller)) + even + (group < taller).to(tl.int32)
             tl.store(groups_ptr + first_group + group, packed, mask=group < my_groups)
+            tl.store(groups_ptr + max_groups + first_group + group, expert, mask=group < my_groups)
         if expert == num_experts - 1:
-            tl.store(groups_ptr + groups_end, first_group + my_groups)
+            tl.store(groups_ptr + 2 * max_groups, first_group + my_groups)
     position = first_tile.to(tl.int64) * BLOCK_M
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
@@ -165,7 +166,8 @@ def _chunk_place_kernel(
 def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0) -> tuple[Tiles, torch.Tensor]:
     """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out.
 
-    Unused tiles come last. With `most` an expert's tiles are grouped, as evenly as groups of so many can be. Returns the number of each expert's pairs too, [E] int32.
+    Unused tiles come last. With `most` an expert's tiles are grouped, as evenly as groups of so many can be.
+    Returns the number of each expert's pairs too, [E] int32.
     """
     ids = topk_ids.reshape(-1)
     num_pairs = ids.numel()
@@ -179,7 +181,8 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
     groups = None
     if most:
         # an expert of t tiles has at most t / most + 1 groups, and one of no tiles has none
-        groups = torch.empty(max_tiles(num_pairs, num_experts, block_m * most) + 1, dtype=torch.int32, device=ids.device)
+        most_groups = max_tiles(num_pairs, num_experts, block_m * most)
+        groups = torch.empty(2 * most_groups + 1, dtype=torch.int32, device=ids.device)
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
         before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
@@ -202,7 +205,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
         num_pairs,
         num_experts,
         num_tiles,
-        0 if groups is None else groups.numel() - 1,
+        0 if groups is None else groups.numel() // 2,
         BLOCK_M=block_m,
         BLOCK_E=block_e,
         SCAN=scan,

@@ -6,7 +6,6 @@ import triton.language as tl
 
 from ...integers import cdiv, next_power_of_2
 
-
 UNROLLED: bool = False
 BLOCK: int = 1024
 WARPS: int = 4

@@ -257,8 +257,98 @@ def _tile(
         )  # fmt: skip
 
 
-# A step's number of pairs is not specialised on: a new one compiles nothing.
-@triton.jit(do_not_specialize=["num_pairs", "groups_end"])
+@triton.jit
+def _group(
+    a_ptr,
+    a_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    out_ptr,
+    out_scale_ptr,
+    pairs_ptr,
+    packed,
+    expert,
+    column,
+    num_pairs,
+    N,
+    K,
+    a_stride,
+    a_scale_stride,
+    w_stride_e,
+    w_stride_n,
+    w_scale_stride_e,
+    w_scale_stride_n,
+    PAIRS_PER_ROW: tl.constexpr,
+    MOST: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    OUT_FP8: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """BLOCK_N / PARTS columns of one group of tiles."""
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    tile, count = packed // 4, packed % 4
+    if SPLIT:
+        w_rows = column * WIDTH + tl.arange(0, WIDTH)
+        parts = column * WIDTH // GROUP
+    else:
+        local = tl.arange(0, BLOCK_N)
+        w_rows = (local // WIDTH) * N + column * WIDTH + local % WIDTH
+        parts = tl.arange(0, PARTS) * (N // GROUP) + column * WIDTH // GROUP
+    w_row = expert.to(tl.int32) * PARTS * N + column * WIDTH
+    if DESCRIBED:
+        w_ptrs = w_ptr
+    else:
+        w_ptrs = w_ptr + expert * w_stride_e + w_rows[None, :] * w_stride_n + tl.arange(0, BLOCK_K)[:, None]
+    w_scale_ptrs = w_scale_ptr + expert * w_scale_stride_e + parts * w_scale_stride_n
+    tile_pairs = pairs_ptr + tile.to(tl.int64) * HEIGHT
+    second = N if DESCRIBED else N * w_stride_n
+    second_scale = N // GROUP * w_scale_stride_n
+    if SPLIT:
+        if count >= 2:
+            _tile(
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, 2 * HEIGHT, 0, PARTS,
+                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+            )  # fmt: skip
+        if count != 2:
+            _tile(
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr,
+                tile_pairs + (count - 1) * HEIGHT,
+                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
+                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+            )  # fmt: skip
+    elif MOST >= 3 and count == 3:
+        _tile(
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+            column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 3 * HEIGHT - LOW, PARTS,
+            BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+        )  # fmt: skip
+    elif MOST >= 2 and count == 2:
+        _tile(
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+            column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 2 * HEIGHT - LOW, PARTS,
+            BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+        )  # fmt: skip
+    else:
+        _tile(
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
+            column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
+            BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+        )  # fmt: skip
+
+
+# What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
+@triton.jit(do_not_specialize=["num_pairs", "max_groups"])
 def _tall_kernel(
     a_ptr,
     a_scale_ptr,
@@ -267,10 +357,9 @@ def _tall_kernel(
     out_ptr,
     out_scale_ptr,
     pairs_ptr,
-    experts_ptr,
     groups_ptr,
     num_pairs,
-    groups_end,
+    max_groups,
     N,
     K,
     a_stride,
@@ -301,63 +390,27 @@ def _tall_kernel(
     A program takes one group of tiles and BLOCK_N / PARTS columns, or (WALKS) one after another in the same order:
     column tiles vary fastest, so that the programs of one expert share its rows in the L2 cache.
     """
-    WIDTH: tl.constexpr = BLOCK_N // PARTS
-    columns = N // WIDTH
-    work = tl.program_id(0)
-    end = tl.load(groups_ptr + groups_end) * columns
-    stop = end if WALKS else tl.minimum(end, work + 1)
-    for item in tl.range(work, stop, tl.num_programs(0), num_stages=1):
-        packed = tl.load(groups_ptr + item // columns)
-        column = item % columns
-        tile, count = packed // 4, packed % 4
-        expert = tl.load(experts_ptr + tile).to(tl.int64)
-        if SPLIT:
-            w_rows = column * WIDTH + tl.arange(0, WIDTH)
-            parts = column * WIDTH // GROUP
-        else:
-            local = tl.arange(0, BLOCK_N)
-            w_rows = (local // WIDTH) * N + column * WIDTH + local % WIDTH
-            parts = tl.arange(0, PARTS) * (N // GROUP) + column * WIDTH // GROUP
-        w_row = expert.to(tl.int32) * PARTS * N + column * WIDTH
-        if DESCRIBED:
-            w_ptrs = w_ptr
-        else:
-            w_ptrs = w_ptr + expert * w_stride_e + w_rows[None, :] * w_stride_n + tl.arange(0, BLOCK_K)[:, None]
-        w_scale_ptrs = w_scale_ptr + expert * w_scale_stride_e + parts * w_scale_stride_n
-        tile_pairs = pairs_ptr + tile.to(tl.int64) * HEIGHT
-        second = N if DESCRIBED else N * w_stride_n
-        second_scale = N // GROUP * w_scale_stride_n
-        if SPLIT:
-            if count >= 2:
-                _tile(
-                    a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
-                    column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, 2 * HEIGHT, 0, PARTS,
-                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
-                )  # fmt: skip
-            if count != 2:
-                _tile(
-                    a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr,
-                    tile_pairs + (count - 1) * HEIGHT,
-                    column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
-                    BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
-                )  # fmt: skip
-        elif MOST >= 3 and count == 3:
-            _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
-                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 3 * HEIGHT - LOW, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+    columns = N // (BLOCK_N // PARTS)
+    used = tl.load(groups_ptr + 2 * max_groups)
+    if WALKS:
+        for item in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), num_stages=1):
+            packed = tl.load(groups_ptr + item // columns)
+            expert = tl.load(groups_ptr + max_groups + item // columns).to(tl.int64)
+            column = item % columns
+            _group(
+                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column, num_pairs, N,
+                K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n, PAIRS_PER_ROW, MOST,
+                HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
-        elif MOST >= 2 and count == 2:
-            _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
-                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, LOW, 2 * HEIGHT - LOW, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
-            )  # fmt: skip
-        else:
-            _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
-                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, HEIGHT, 0, PARTS,
-                BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+    else:
+        group, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+        packed = tl.load(groups_ptr + group)  # beside `used`, not behind it
+        expert = tl.load(groups_ptr + max_groups + group).to(tl.int64)
+        if group < used:
+            _group(
+                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column, num_pairs, N,
+                K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n, PAIRS_PER_ROW, MOST,
+                HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
 
 
@@ -415,7 +468,6 @@ def tall_product(
         out,
         out if out_scale is None else out_scale,
         tiles.pairs,
-        tiles.experts,
         tiles.groups,
         num_pairs,
         tiles.max_groups,
