@@ -5,20 +5,26 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
+
+import qwen3next_plugin.kernels.moe.triton.align  # noqa: F401
 
 from qwen3next_plugin.bench.kernels.timing import GraphTimer, Times
 from qwen3next_plugin.kernels import moe
 from qwen3next_plugin.kernels.gemm.reference import FP8
 from qwen3next_plugin.kernels.gemm.triton import quantize_tokens
 from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
+from qwen3next_plugin.kernels.integers import cdiv, next_power_of_2
 from qwen3next_plugin.kernels.moe.triton import combine
 from qwen3next_plugin.kernels.moe.triton.align import HEIGHT, align
 from qwen3next_plugin.kernels.moe.triton.experts import _grouped
 from qwen3next_plugin.kernels.moe.triton.tall import TallForm, TallTile, fused_moe_tall, tall_product
+from qwen3next_plugin.kernels.moe.triton.tall_sum import shared_sum
 
+align_module = sys.modules["qwen3next_plugin.kernels.moe.triton.align"]
 BEGIN = time.monotonic()
 END, PATH = BEGIN + float(sys.argv[1]), sys.argv[2]
 H, E, I, K, DEV, MS = 2048, 513, 512, 10, "cuda", (8192, 2048, 4096, 512)
@@ -212,6 +218,41 @@ class Step:
         finally:
             combine.UNROLLED, combine.BLOCK, combine.WARPS = kept
 
+    def shared(self, fine, *sizes):
+        """The sum with the shared expert's product in it, and what the down product of the others takes."""
+        inner = self.inner_64 if fine else self.inner
+        out = torch.full((self.m, H), float("nan"), device=DEV, dtype=torch.bfloat16)
+        call = partial(shared_sum, *inner, W2, S2, self.values, self.weights, self.ids, out, *sizes)
+        call()
+        expected = torch.empty_like(out)
+        combine.weighted_sum(self.values, None, self.weights, self.ids, E, expected)
+        return {"error_to_today": err(out, expected), **timed([call] * 4)}
+
+    def sorting(self):
+        """The sort's kernels alone, and its first one with other chunks."""
+        rows = TODAY[self.m].block_m
+        ids, (tiles, counts) = self.ids.reshape(-1), align(self.ids, E, rows)
+        starts = torch.empty(E, dtype=torch.int64, device=DEV)
+        ranks = torch.empty(self.pairs, dtype=torch.int32, device=DEV)
+        totals = torch.empty_like(counts)
+        for chunk in (128, 256, 512):
+            chunks = cdiv(self.pairs, chunk)
+            before, zeros = (torch.zeros((chunks, E), dtype=torch.int32, device=DEV) for _ in range(2))
+            calls = {
+                "count": lambda: align_module._chunk_count_kernel[(chunks,)](
+                    ids, before, ranks, self.pairs, E, CHUNK=chunk, BLOCK_E=next_power_of_2(E), num_warps=8),
+                "running": lambda: align_module._running_count_kernel[(cdiv(E, 8),)](
+                    zeros, totals, chunks, E, CHUNKS=128, EXPERTS=8, num_warps=4),
+                "place": lambda: align_module._place_kernel[(E,)](
+                    ids, counts, tiles.pairs, tiles.experts, starts, counts, self.pairs, E, tiles.max_tiles, 0,
+                    BLOCK_M=rows, BLOCK_E=next_power_of_2(E), SCAN=1024, PLACE=False, MOST=0, num_warps=4),
+                "chunk place": lambda: align_module._chunk_place_kernel[(chunks,)](
+                    ids, ranks, zeros, starts, tiles.pairs, self.pairs, E, CHUNK=chunk, num_warps=4),
+            }  # fmt: skip
+            for name, call in calls.items():
+                if chunk == 128 or name in ("count", "running"):
+                    attempt({"m": self.m, "part": "sort", "variant": [name, chunk]}, partial(timed, [call] * 8))
+
     def whole_today(self):
         with forced(TODAY[self.m]):
             calls = [partial(moe.fused_moe, x, W13, W2, w, ids, S13, S2, quantize_activations=True, num_shared=1)
@@ -258,7 +299,7 @@ def us(found):
     return None if found is None or not found.get("error_to_today", 1) < 0.06 else found.get("us")
 
 
-def explore(m, gate_ups, downs, downs_64, sums, wholes):
+def explore(m, gate_ups, downs, downs_64, sums, shared, wholes):
     """Parts, variants, and whole steps of the quickest of them; `wholes`: how many forms."""
     step, left = Step(m), (0.35 * float(sys.argv[1]) if m == MS[0] else 0)  # for the other numbers of tokens
     attempt({"m": m, "part": "whole", "variant": "today"}, step.whole_today)
@@ -279,11 +320,18 @@ def explore(m, gate_ups, downs, downs_64, sums, wholes):
             d = best(fitting)
             extra = 0 if rounds else 50 * m / 8192
             forms.append((t + fitting[d] + extra, n, d, TallForm(most, tile, table[d][1], rounds, height)))
+    for args in shared:
+        attempt({"m": m, "part": "sum", "variant": ["shared in it", *args]}, partial(step.shared, *args), left + 5)
     for t, n, d, form in sorted(forms, key=lambda f: f[0])[:wholes]:
         attempt(
             {"m": m, "part": "whole", "variant": [n, d, form.most], "products_us": round(t, 1)},
             partial(step.whole, form),
         )
+    for t, n, d, form in sorted(forms, key=lambda f: f[0])[:1]:
+        form = replace(form, shared_in_sum=True)
+        attempt({"m": m, "part": "whole", "variant": [n, d, form.most, "shared in sum"]}, partial(step.whole, form))
+    if m in (MS[0], MS[3]):
+        step.sorting()
     return gate, down, fine
 
 
@@ -299,7 +347,8 @@ say(torch=torch.__version__, gpu="dry" if DRY else torch.cuda.get_device_name())
 if not DRY:
     attempt({"part": "copy"}, copied)
 SUMS = [(False, 1024, 4), (True, 1024, 4), (True, 2048, 8), (True, 2048, 4), (True, 512, 2)]
-gate, down, fine = explore(MS[0], MANY["gate"], MANY["down"], MANY["fine"], SUMS, 4)
+SHARED = [(False, 64, 128, 4, 3), (False, 64, 64, 4, 3), (False, 128, 128, 8, 3), (True, 64, 128, 4, 4)]
+gate, down, fine = explore(MS[0], MANY["gate"], MANY["down"], MANY["fine"], SUMS, SHARED, 4)
 for m in MS[1:]:
     if time.monotonic() > END - 5:
         break
@@ -308,5 +357,5 @@ for m in MS[1:]:
         list(dict.fromkeys([*more[part], *ranked(found, 0 if m == MS[3] else 2)]))
         for part, found in (("gate", gate), ("down", down), ("fine", fine))
     ]
-    attempt({"m": m, "part": "all"}, partial(explored, m, *lists, SUMS[:2], 2))
+    attempt({"m": m, "part": "all"}, partial(explored, m, *lists, SUMS[:2], SHARED[:1], 2))
 say(done=True, seconds=round(time.monotonic() - BEGIN, 1))

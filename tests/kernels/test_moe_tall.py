@@ -13,6 +13,9 @@ FORMS = {
     "rounds 64": tall.TallForm(3, tall.TallTile(128, 8, 3, walks=5), tall.TallTile(128, 8, 3, walks=7), True),
     "split": tall.TallForm(3, tall.TallTile(256, 8, 3, split=True), tall.TallTile(64, 4, 3), True),
     "low": tall.TallForm(2, tall.TallTile(128, 4, 3, low=64, ahead=0), tall.TallTile(128, 4, 3, low=64), True),
+    "shared": tall.TallForm(
+        3, tall.TallTile(128, 8, 3, ahead=3), tall.TallTile(128, 8, 3, ahead=3, walks=4), True, shared_in_sum=True
+    ),
     "behind": tall.TallForm(3, tall.TallTile(128, 8, 3, ahead=2), tall.TallTile(128, 8, 3, ahead=3), True),
     "described": tall.TallForm(
         3, tall.TallTile(256, 8, 3, split=True, ahead=2, described=True), tall.TallTile(128, 8, 3, described=True), True
@@ -64,7 +67,7 @@ def test_groups_hold_every_tile_once(most: int) -> None:
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))][:, None]
     tiles, _ = align(ids, len(counts), 64, most)
     assert tiles.groups is not None
-    used = int(tiles.groups[-1])
+    used = int(tiles.groups[-2])
     firsts, sizes = tiles.groups[:used] // 4, tiles.groups[:used] % 4
     assert used <= tiles.max_groups
     assert sizes.min() >= 1 and sizes.max() <= most

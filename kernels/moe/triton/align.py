@@ -25,8 +25,9 @@ class Tiles:
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
     experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set);
-    groups [2 * max_groups + 1] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's
-    number and how many there are; each one's expert; last the number of groups in use, behind which they are not set.
+    groups [2 * max_groups + 2] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's
+    number and how many there are; each one's expert; the number of groups in use, behind which they are not set; and
+    of those before the last expert's.
     """
 
     pairs: torch.Tensor
@@ -41,7 +42,7 @@ class Tiles:
 
     @property
     def max_groups(self) -> int:
-        return 0 if self.groups is None else self.groups.shape[0] // 2
+        return 0 if self.groups is None else self.groups.shape[0] // 2 - 1
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
@@ -100,6 +101,7 @@ def _place_kernel(
             tl.store(groups_ptr + max_groups + first_group + group, expert, mask=group < my_groups)
         if expert == num_experts - 1:
             tl.store(groups_ptr + 2 * max_groups, first_group + my_groups)
+            tl.store(groups_ptr + 2 * max_groups + 1, first_group)
     position = first_tile.to(tl.int64) * BLOCK_M
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
@@ -182,7 +184,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
     if most:
         # an expert of t tiles has at most t / most + 1 groups, and one of no tiles has none
         most_groups = max_tiles(num_pairs, num_experts, block_m * most)
-        groups = torch.empty(2 * most_groups + 1, dtype=torch.int32, device=ids.device)
+        groups = torch.empty(2 * most_groups + 2, dtype=torch.int32, device=ids.device)
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
         before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
@@ -205,7 +207,7 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
         num_pairs,
         num_experts,
         num_tiles,
-        0 if groups is None else groups.numel() // 2,
+        0 if groups is None else groups.numel() // 2 - 1,
         BLOCK_M=block_m,
         BLOCK_E=block_e,
         SCAN=scan,

@@ -18,6 +18,7 @@ from ...gemm.triton import quantize_tokens, round_to_fp8
 from ...integers import cdiv
 from .align import HEIGHT, Tiles, align
 from .combine import weighted_sum
+from .tall_sum import shared_sum
 
 
 @triton.jit
@@ -382,6 +383,7 @@ def _tall_kernel(
     STAGES: tl.constexpr,
     DESCRIBED: tl.constexpr,
     WALKS: tl.constexpr,
+    BUT_LAST: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -391,7 +393,7 @@ def _tall_kernel(
     column tiles vary fastest, so that the programs of one expert share its rows in the L2 cache.
     """
     columns = N // (BLOCK_N // PARTS)
-    used = tl.load(groups_ptr + 2 * max_groups)
+    used = tl.load(groups_ptr + 2 * max_groups + BUT_LAST)
     if WALKS:
         for item in tl.range(tl.program_id(0), used * columns, tl.num_programs(0), num_stages=1):
             packed = tl.load(groups_ptr + item // columns)
@@ -446,11 +448,12 @@ def tall_product(
     pairs_per_row: int,
     swiglu: bool,
     tile: TallTile,
+    but_last: bool = False,
 ) -> None:
     """Fill out [pairs, N] from codes a [pairs / pairs_per_row, K] and weight [E, N or 2N, K], both FP8.
 
     a_scale's columns say how many of a's share a factor. out may take codes, with out_scale [pairs, N / columns of a
-    tile]. tiles must have groups.
+    tile]. tiles must have groups. but_last: the last expert's pairs are left out.
     """
     assert tiles.groups is not None
     num_pairs, N = out.shape
@@ -493,6 +496,7 @@ def tall_product(
         STAGES=tile.num_stages if tile.ahead == 3 else None,
         DESCRIBED=tile.described,
         WALKS=tile.walks > 0,
+        BUT_LAST=but_last,
         SPLIT=tile.split,
         UPCAST=interpreting() and not a.is_cuda,
         num_warps=tile.num_warps,
@@ -510,6 +514,7 @@ class TallForm:
     down: TallTile
     rounds: bool
     height: int = HEIGHT
+    shared_in_sum: bool = False  # the last expert's down product in the weighted sum: it is every token's last choice
 
 
 def fused_moe_tall(
@@ -537,7 +542,13 @@ def fused_moe_tall(
     if factors is None:
         activated, factors = quantize_tokens(activated)
     values = x.new_empty((pairs, hidden))
-    tall_product(activated, factors, w2, w2_scale, tiles, values, pairs_per_row=1, swiglu=False, tile=form.down)
+    tall_product(
+        activated, factors, w2, w2_scale, tiles, values,
+        pairs_per_row=1, swiglu=False, tile=form.down, but_last=form.shared_in_sum,
+    )  # fmt: skip
     out = torch.empty_like(x)
-    weighted_sum(values, None, topk_weights, topk_ids, num_experts, out)
+    if form.shared_in_sum:
+        shared_sum(activated, factors, w2, w2_scale, values, topk_weights, topk_ids, out)
+    else:
+        weighted_sum(values, None, topk_weights, topk_ids, num_experts, out)
     return out
