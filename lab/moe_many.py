@@ -1,4 +1,4 @@
-# ruff: noqa: E501, E741, N802
+# ruff: noqa
 """Experts of many tokens, parts and variants: `moe_many.py SECONDS FILE`; one JSON line a measurement."""
 
 import json
@@ -304,9 +304,16 @@ def explore(m, gate_ups, downs, downs_64, sums, shared, wholes):
     step, left = Step(m), (0.35 * float(sys.argv[1]) if m == MS[0] else 0)  # for the other numbers of tokens
     attempt({"m": m, "part": "whole", "variant": "today"}, step.whole_today)
     step.parts()
-    gate = {n: us(attempt({"m": m, "part": "gate-up", "variant": n}, partial(step.gate_up, n), left + 12)) for n in gate_ups}
-    down = {n: us(attempt({"m": m, "part": "down", "variant": n}, partial(step.down, n, False), left + 8)) for n in downs}
-    fine = {n: us(attempt({"m": m, "part": "down 64", "variant": n}, partial(step.down, n, True), left + 6)) for n in downs_64}
+    gate = {
+        n: us(attempt({"m": m, "part": "gate-up", "variant": n}, partial(step.gate_up, n), left + 12)) for n in gate_ups
+    }
+    down = {
+        n: us(attempt({"m": m, "part": "down", "variant": n}, partial(step.down, n, False), left + 8)) for n in downs
+    }
+    fine = {
+        n: us(attempt({"m": m, "part": "down 64", "variant": n}, partial(step.down, n, True), left + 6))
+        for n in downs_64
+    }
     for args in sums:
         attempt({"m": m, "part": "sum", "variant": list(args)}, partial(step.combined, *args), left + 5)
     forms = []

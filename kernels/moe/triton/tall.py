@@ -238,9 +238,9 @@ def _tile(
 ):
     if SPLIT:
         acc, acc2 = _halves(
-            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second_offset, second_scale_offset, pairs_ptr, num_pairs, K,
-            a_stride, a_scale_stride, PAIRS_PER_ROW, FIRST, BLOCK_N // PARTS, GROUP, AHEAD, STAGES,
-            DESCRIBED, UPCAST,
+            a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second_offset, second_scale_offset, pairs_ptr, num_pairs,
+            K, a_stride, a_scale_stride, PAIRS_PER_ROW, FIRST, BLOCK_N // PARTS, GROUP, AHEAD, STAGES, DESCRIBED,
+            UPCAST,
         )  # fmt: skip
     else:
         acc, acc2 = _product(
@@ -317,8 +317,8 @@ def _group(
     if SPLIT:
         if count >= 2:
             _tile(
-                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr, tile_pairs,
-                column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, 2 * HEIGHT, 0, PARTS,
+                a_ptr, a_scale_ptr, w_ptrs, w_row, w_scale_ptrs, second, second_scale, out_ptr, out_scale_ptr,
+                tile_pairs, column, num_pairs, N, K, a_stride, a_scale_stride, PAIRS_PER_ROW, 2 * HEIGHT, 0, PARTS,
                 BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
         if count != 2:
@@ -400,9 +400,10 @@ def _tall_kernel(
             expert = tl.load(groups_ptr + max_groups + item // columns).to(tl.int64)
             column = item % columns
             _group(
-                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column, num_pairs, N,
-                K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n, PAIRS_PER_ROW, MOST,
-                HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column,
+                num_pairs, N, K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n,
+                PAIRS_PER_ROW, MOST, HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES,
+                DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
     else:
         group, column = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -410,9 +411,10 @@ def _tall_kernel(
         expert = tl.load(groups_ptr + max_groups + group).to(tl.int64)
         if group < used:
             _group(
-                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column, num_pairs, N,
-                K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n, PAIRS_PER_ROW, MOST,
-                HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES, DESCRIBED, SPLIT, UPCAST,
+                a_ptr, a_scale_ptr, w_ptr, w_scale_ptr, out_ptr, out_scale_ptr, pairs_ptr, packed, expert, column,
+                num_pairs, N, K, a_stride, a_scale_stride, w_stride_e, w_stride_n, w_scale_stride_e, w_scale_stride_n,
+                PAIRS_PER_ROW, MOST, HEIGHT, LOW, PARTS, BLOCK_N, BLOCK_K, GROUP, OUT_FP8, FP8_MAX, AHEAD, STAGES,
+                DESCRIBED, SPLIT, UPCAST,
             )  # fmt: skip
 
 
@@ -421,8 +423,9 @@ class TallTile:
     """A product's tile: rows of the weight (gate's and up's together), warps and pipeline stages.
 
     low: rows of the first of a program's two products, 64 or 128, where a group has as many; split: gate and up in two
-    products; ahead: factors are asked for at their use (0), a step before it (1), there behind the first product (2), or
-    with codes (3); described: weights come by tensor descriptors (joined gate and up cannot); walks: programs that take one group after another (0: a program each); registers: at most so many a thread.
+    products; ahead: factors are asked for at their use (0), a step before it (1), there behind the first product (2),
+    or with codes (3); described: weights come by tensor descriptors (joined gate and up cannot); walks: programs that
+    take one group after another (0: a program each); registers: at most so many a thread.
     """
 
     block_n: int
