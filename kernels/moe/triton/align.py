@@ -15,8 +15,7 @@ import triton.language as tl
 from ...integers import cdiv, next_power_of_2
 from ..ways import chunked, max_tiles, scan_of
 
-_CHUNK = 128  # pairs that are compared with each other where there are many
-HEIGHT = 64  # rows of a tile where several of one expert are a group
+_CHUNK = 128  # pairs that are compared with each other where there are many, one a thread
 
 
 @dataclass(frozen=True)
@@ -24,25 +23,16 @@ class Tiles:
     """Pairs sorted by expert. A pair p stands for token p // top_k and its choice p % top_k.
 
     pairs [max_tiles * block_m] int32: pair numbers, or the number of pairs where a tile is padded;
-    experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set);
-    groups [2 * max_groups + 2] int32: up to `most` (at most 3) tiles of one expert each, four times the first one's
-    number and how many there are; each one's expert; the number of groups in use, behind which they are not set; and
-    of those before the last expert's.
+    experts [max_tiles] int32: each tile's expert, or -1 for an unused tile (whose pairs are not set).
     """
 
     pairs: torch.Tensor
     experts: torch.Tensor
     block_m: int
-    groups: torch.Tensor | None = None
-    most: int = 1
 
     @property
     def max_tiles(self) -> int:
         return self.experts.shape[0]
-
-    @property
-    def max_groups(self) -> int:
-        return 0 if self.groups is None else self.groups.shape[0] // 2 - 1
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
@@ -57,25 +47,22 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(count, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "max_groups"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_kernel(
     ids_ptr,
     counts_ptr,
     pairs_ptr,
     experts_ptr,
     starts_ptr,
-    groups_ptr,
     num_pairs,
     num_experts,
     num_tiles,
-    max_groups,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SCAN: tl.constexpr,
     PLACE: tl.constexpr,
-    MOST: tl.constexpr,
 ):
-    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin; (MOST > 0) its groups."""
+    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin."""
     expert = tl.program_id(0)
     others = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + others, mask=others < num_experts, other=0)
@@ -89,19 +76,6 @@ def _place_kernel(
     if expert == num_experts - 1:
         for begin in range(first_tile + my_tiles, num_tiles, SCAN):
             tl.store(experts_ptr + begin + lanes, -1, mask=begin + lanes < num_tiles)
-    if MOST > 0:
-        groups = (tiles + MOST - 1) // MOST
-        first_group = tl.sum(tl.where(others < expert, groups, 0), axis=0)
-        my_groups = (my_tiles + MOST - 1) // MOST
-        even, taller = my_tiles // tl.maximum(my_groups, 1), my_tiles % tl.maximum(my_groups, 1)
-        for begin in range(0, my_groups, SCAN):
-            group = begin + lanes
-            packed = 4 * (first_tile + group * even + tl.minimum(group, taller)) + even + (group < taller).to(tl.int32)
-            tl.store(groups_ptr + first_group + group, packed, mask=group < my_groups)
-            tl.store(groups_ptr + max_groups + first_group + group, expert, mask=group < my_groups)
-        if expert == num_experts - 1:
-            tl.store(groups_ptr + 2 * max_groups, first_group + my_groups)
-            tl.store(groups_ptr + 2 * max_groups + 1, first_group)
     position = first_tile.to(tl.int64) * BLOCK_M
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
@@ -121,20 +95,26 @@ def _place_kernel(
 def _chunk_count_kernel(
     ids_ptr, counts_ptr, ranks_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """counts[chunk, e]: pairs of each expert in a chunk; ranks[pair]: how many of its expert are before it there."""
+    """counts[chunk, e]: pairs of each expert in a chunk; ranks[pair]: how many of its expert are before it there.
+
+    A thread compares its own pair with all others (columns, where threads lie side by side, are the own ones): sums
+    across threads would be shuffles, of which a multiprocessor starts one a cycle.
+    """
     chunk = tl.program_id(0).to(tl.int64)
+    counts_ptr += chunk * num_experts
     experts = tl.arange(0, BLOCK_E)
-    tl.store(counts_ptr + chunk * num_experts + experts, 0, mask=experts < num_experts)
+    tl.store(counts_ptr + experts, 0, mask=experts < num_experts)
     lanes = tl.arange(0, CHUNK)
-    pairs = chunk * CHUNK + lanes
-    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    same = ids[:, None] == ids[None, :]
-    ranks = tl.sum((same & (lanes[None, :] < lanes[:, None])).to(tl.int32), axis=1)
-    later = tl.sum((same & (lanes[None, :] > lanes[:, None])).to(tl.int32), axis=1)
-    tl.store(ranks_ptr + pairs, ranks, mask=pairs < num_pairs)
+    inside = lanes < num_pairs - tl.program_id(0) * CHUNK
+    ids = tl.load(ids_ptr + chunk * CHUNK + lanes, mask=inside, other=-1)
+    # one sum for two: pairs of the same expert from the 16th bit on, and below it those of them that come before
+    vote = tl.where(lanes[:, None] < lanes[None, :], 65537, 65536)
+    votes = tl.sum(tl.where(ids[:, None] == ids[None, :], vote, 0), axis=0)
+    ranks, of_expert = votes % 65536, votes // 65536
+    tl.store(ranks_ptr + chunk * CHUNK + lanes, ranks, mask=inside)
     tl.debug_barrier()  # the zeros are written
-    last = (later == 0) & (ids >= 0) & (ids < num_experts)
-    tl.store(counts_ptr + chunk * num_experts + ids, ranks + 1, mask=last)
+    last = (ranks == of_expert - 1) & (ids >= 0) & (ids < num_experts)
+    tl.store(counts_ptr + ids, of_expert, mask=last)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -165,11 +145,10 @@ def _chunk_place_kernel(
     tl.store(pairs_ptr + place, pairs.to(tl.int32), mask=held)
 
 
-def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0) -> tuple[Tiles, torch.Tensor]:
+def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles, torch.Tensor]:
     """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out.
 
-    Unused tiles come last. With `most` an expert's tiles are grouped, as evenly as groups of so many can be.
-    Returns the number of each expert's pairs too, [E] int32.
+    Unused tiles come last. Returns the number of each expert's pairs too, [E] int32.
     """
     ids = topk_ids.reshape(-1)
     num_pairs = ids.numel()
@@ -180,20 +159,15 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
     scan = scan_of(num_pairs)
     block_e, many, chunks = next_power_of_2(num_experts), chunked(num_pairs), cdiv(num_pairs, _CHUNK)
     starts = before = ranks = counts
-    groups = None
-    if most:
-        # an expert of t tiles has at most t / most + 1 groups, and one of no tiles has none
-        most_groups = max_tiles(num_pairs, num_experts, block_m * most)
-        groups = torch.empty(2 * most_groups + 2, dtype=torch.int32, device=ids.device)
     if many:
         starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
         before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
         ranks = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
         _chunk_count_kernel[(chunks,)](
-            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=8
+            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=_CHUNK // 32
         )
         _running_count_kernel[(cdiv(num_experts, 8),)](
-            before, counts, chunks, num_experts, CHUNKS=128, EXPERTS=8, num_warps=4
+            before, counts, chunks, num_experts, CHUNKS=256, EXPERTS=8, num_warps=8
         )
     else:
         _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)
@@ -203,20 +177,17 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, most: int = 0)
         pairs,
         experts,
         starts,
-        counts if groups is None else groups,
         num_pairs,
         num_experts,
         num_tiles,
-        0 if groups is None else groups.numel() // 2 - 1,
         BLOCK_M=block_m,
         BLOCK_E=block_e,
         SCAN=scan,
         PLACE=not many,
-        MOST=most,
         num_warps=4,
     )
     if many:
         _chunk_place_kernel[(chunks,)](
             ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
         )
-    return Tiles(pairs, experts, block_m, groups, most), counts
+    return Tiles(pairs, experts, block_m), counts
