@@ -10,6 +10,7 @@ from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
+from .tall_rule import TILES, runs_tall, tall_choices
 
 MAX_TOKENS = 4  # up to which nothing is sorted
 MANY_PAIRS = 4096  # from which on sorting them in chunks is quicker than scans by every expert
@@ -28,6 +29,7 @@ class Way:
     scan: int
     chunks: bool
     plan: Plan | None = None
+    tall: bool = False  # our own products, as `tall_rule` says
     apart: bool = False
 
 
@@ -81,6 +83,7 @@ def way_choices(target: Target) -> list[Choice]:
         replace(rounded, shapes=f"from {MAX_TOKENS + 1} tokens, FP8 blocks", why=f"sorted; {rounded.why}", tiles=tiles),
         replace(INTEGERS, why=f"sorted; {INTEGERS.why}", tiles=tiles),
         *peer_choices(target),
+        *tall_choices(target),
     ]
 
 
@@ -104,6 +107,8 @@ def choose_way(
     plan = plan_for(tokens, choices, w13, w13_scale) if quantize and not is_forced() else None
     if plan is not None:
         return Way(quantize, None, scan_of(pairs), chunked(pairs), plan)
+    if quantize and not is_forced() and runs_tall(tokens, w13, w13_scale):
+        return Way(quantize, TILES, scan_of(pairs), chunked(pairs), tall=True)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
         return Way(quantize, None, 0, False)
     routed = w13[: experts - num_shared] if num_shared else w13

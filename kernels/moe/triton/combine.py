@@ -6,38 +6,6 @@ import triton.language as tl
 
 from ...integers import cdiv, next_power_of_2
 
-UNROLLED: bool = False
-BLOCK: int = 1024
-WARPS: int = 4
-
-
-@triton.jit
-def _term(
-    values_ptr,
-    places_ptr,
-    weights_ptr,
-    ids_ptr,
-    token,
-    choice,
-    cols,
-    H,
-    num_experts,
-    weights_stride,
-    ids_stride,
-    TOP_K: tl.constexpr,
-    PLACED: tl.constexpr,
-):
-    """One choice's weight times its pair's value."""
-    expert = tl.load(ids_ptr + token * ids_stride + choice)
-    weight = tl.load(weights_ptr + token * weights_stride + choice).to(tl.float32)
-    held = (expert >= 0) & (expert < num_experts)  # rows of skipped pairs were never written
-    limit = tl.where(held, H, 0)
-    row = token * TOP_K + choice
-    if PLACED:
-        row = tl.load(places_ptr + row, mask=held, other=0).to(tl.int64)
-    value = tl.load(values_ptr + row * H + cols, mask=cols < limit, other=0.0)
-    return tl.where(held, weight, 0.0) * value.to(tl.float32)
-
 
 @triton.jit
 def _weighted_sum_kernel(
@@ -53,24 +21,21 @@ def _weighted_sum_kernel(
     TOP_K: tl.constexpr,
     PLACED: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    UNROLLED: tl.constexpr,
 ):
     """out[t] = sum over choices of weight times the pair's value, which is in the pair's row, or (PLACED) its place."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    if UNROLLED:
-        for choice in tl.static_range(TOP_K):
-            total += _term(
-                values_ptr, places_ptr, weights_ptr, ids_ptr, token, choice, cols, H, num_experts, weights_stride,
-                ids_stride, TOP_K, PLACED,
-            )  # fmt: skip
-    else:
-        for choice in range(TOP_K):
-            total += _term(
-                values_ptr, places_ptr, weights_ptr, ids_ptr, token, choice, cols, H, num_experts, weights_stride,
-                ids_stride, TOP_K, PLACED,
-            )  # fmt: skip
+    for choice in range(TOP_K):
+        expert = tl.load(ids_ptr + token * ids_stride + choice)
+        weight = tl.load(weights_ptr + token * weights_stride + choice).to(tl.float32)
+        held = (expert >= 0) & (expert < num_experts)  # rows of skipped pairs were never written
+        limit = tl.where(held, H, 0)
+        row = token * TOP_K + choice
+        if PLACED:
+            row = tl.load(places_ptr + row, mask=held, other=0).to(tl.int64)
+        value = tl.load(values_ptr + row * H + cols, mask=cols < limit, other=0.0)
+        total += tl.where(held, weight, 0.0) * value.to(tl.float32)
     tl.store(out_ptr + token * H + cols, total.to(out_ptr.dtype.element_ty), mask=cols < H)
 
 
@@ -84,7 +49,7 @@ def weighted_sum(
 ) -> None:
     """Fill out [T, H] from values [R, H], a row a pair: the pair's own, or the one that places [T * k] int32 says."""
     tokens, hidden = out.shape
-    block = min(BLOCK, next_power_of_2(hidden))
+    block = min(1024, next_power_of_2(hidden))
     _weighted_sum_kernel[(tokens, cdiv(hidden, block))](
         values,
         topk_ids if places is None else places,
@@ -98,6 +63,4 @@ def weighted_sum(
         TOP_K=topk_ids.shape[1],
         PLACED=places is not None,
         BLOCK_H=block,
-        UNROLLED=UNROLLED,
-        num_warps=WARPS,
     )
