@@ -251,6 +251,11 @@ def _every_way(
 
             fused_moe_by_peer(way.plan, *call)
             continue
+        if way.tall:
+            from .kernels.moe.triton.tall import fused_moe_tall  # here, as above
+
+            fused_moe_tall(*call)
+            continue
         if way.config is None:
             fused_moe(*call, **zeros, quantize_activations=way.quantize, num_shared=num_shared)
             continue

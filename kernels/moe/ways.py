@@ -11,6 +11,7 @@ from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
+from .tall_rule import TILES, runs_tall, tall_choices
 
 MAX_TOKENS = 16
 """Up to which whole rows are read pair by pair: 5, 8, 12 and 16 tokens took an H200 42, 63, 92 and 117 us in FP8, where
@@ -36,6 +37,7 @@ class Way:
     scan: int
     chunks: bool
     plan: Plan | None = None
+    tall: bool = False  # our own products, as `tall_rule` says
     apart: bool = False
     early: bool = False
 
@@ -108,6 +110,7 @@ def way_choices(target: Target) -> list[Choice]:
         replace(rounded, shapes=f"{beyond}, FP8 blocks", why=f"{order}; {rounded.why}", tiles=tiles),
         replace(INTEGERS, shapes=f"any tokens, {INTEGERS.shapes}", why=f"{order}; {INTEGERS.why}", tiles=tiles),
         *peer_choices(target),
+        *tall_choices(target),
     ]
 
 
@@ -131,6 +134,8 @@ def choose_way(
     plan = plan_for(tokens, choices, w13, w13_scale) if quantize and not is_forced() else None
     if plan is not None:
         return Way(quantize, None, scan_of(pairs), chunked(pairs), plan)
+    if quantize and not is_forced() and runs_tall(tokens, w13, w13_scale):
+        return Way(quantize, TILES, scan_of(pairs), chunked(pairs), tall=True)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
         return Way(quantize, None, 0, False, early=tokens <= EARLY_TOKENS and begins_early(w13.device))
     routed = w13[: experts - num_shared] if num_shared else w13

@@ -10,6 +10,7 @@ from rich.table import Table
 from qwen3next_plugin.activation import DISTRIBUTION, plugin_version
 from qwen3next_plugin.kernels.gpus import Gpu
 from qwen3next_plugin.kernels.moe.config import FORMAT, MoeConfig, Tile, config_object
+from qwen3next_plugin.kernels.moe.tall_rule import CAPABILITY, MIN_TOKENS, in_whole_blocks
 
 from .problem import TOKENS, Problem
 from .search import Winner
@@ -33,7 +34,7 @@ def measured_file(
     gpu: Gpu, problem: Problem, versions: dict[str, str], effort: str, winners: Sequence[Winner]
 ) -> dict[str, Any]:
     """The content of a measured config file; the kernels read `tokens`, `activation_bytes` and `config`."""
-    note = f"measured by {DISTRIBUTION} {plugin_version()}, effort {effort}"
+    note = f"measured by {DISTRIBUTION} {plugin_version()}, effort {effort}{_not_met(gpu, problem, winners)}"
     return _head("measured", note, gpu, problem) | {
         "versions": versions,
         "entries": [
@@ -50,6 +51,17 @@ def measured_file(
             for winner in winners
         ],
     }
+
+
+def _not_met(gpu: Gpu, problem: Problem, winners: Sequence[Winner]) -> str:
+    """A clause on entries whose own numbers of tokens run in other tiles than any file's, if there are some."""
+    tall = problem.mode == "fp8" and gpu.capability == CAPABILITY and in_whole_blocks(problem.hidden, problem.inner)
+    if not tall or all(winner.tokens < MIN_TOKENS for winner in winners):
+        return ""
+    return (
+        f"; steps of {MIN_TOKENS} tokens and more run in tiles of their own, of no file: their entries are for those "
+        "of fewer tokens that they are nearest to"
+    )
 
 
 def model_file(gpu: Gpu, problem: Problem, ranks: str) -> dict[str, Any]:

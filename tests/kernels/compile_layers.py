@@ -23,6 +23,7 @@ from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.moe.triton.align import align
 from qwen3next_plugin.kernels.moe.triton.apart import tiles_apart
 from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
+from qwen3next_plugin.kernels.moe.triton.tall import fused_moe_tall
 from qwen3next_plugin.kernels.norm import triton as norm
 from qwen3next_plugin.kernels.rope import triton as rope
 
@@ -122,6 +123,16 @@ def launch_by_peer(dtype: torch.dtype, tokens: int) -> None:
         fused_moe_by_peer(plan, x, w13, w2, router, ids, *scales)
 
 
+def launch_tall(dtype: torch.dtype, tokens: int) -> None:
+    """Experts of many tokens, on one rank and on the last of four."""
+    ids = torch.zeros(tokens, 11, dtype=torch.int32)
+    x, router = torch.zeros(tokens, HIDDEN, dtype=dtype), torch.zeros(tokens, 11)
+    for inner in (INNER, INNER // 4):
+        w13, w2 = (torch.zeros(EXPERTS, *sizes).to(gemm.FP8) for sizes in ((2 * inner, HIDDEN), (HIDDEN, inner)))
+        scales = torch.zeros(EXPERTS, 2 * inner // 128, 16), torch.zeros(EXPERTS, 16, inner // 128)
+        fused_moe_tall(x, w13, w2, router, ids, *scales)
+
+
 def main() -> None:
     """Compile, then print the JSON object."""
     driver.set_active(NamesTargetOnly())
@@ -136,6 +147,7 @@ def main() -> None:
         launch_experts(torch.bfloat16, tokens)
     if CAPABILITY >= 89:
         launch_by_peer(torch.bfloat16, 1000)
+        launch_tall(torch.bfloat16, 2048)
     print(json.dumps(SHARED))
 
 

@@ -13,7 +13,7 @@ gate_up_kernel down_kernel _count_kernel _place_kernel _grouped_kernel _weighted
 _chunk_count_kernel _running_count_kernel _chunk_place_kernel _apart_kernel
 _block_fp8_matmul_kernel few_matmul_kernel
 """
-ROUNDING = "_quantize_tokens_kernel _ends_kernel _copy_rows_kernel _activate_rows_kernel"
+ROUNDING = "_quantize_tokens_kernel _ends_kernel _copy_rows_kernel _activate_rows_kernel _tall_kernel"
 
 
 @pytest.mark.parametrize("triton", tritons(), ids=lambda folder: "of the GPUs" if folder else "installed")

@@ -60,6 +60,33 @@ def test_more_pairs_than_one_scan(tokens: int, experts: int, block: int, device:
     assert bool((placed.sort(dim=1).values == placed).all()), "padding comes last in a tile"
 
 
+@pytest.mark.parametrize("routing", ["one expert", "first and last", "runs", "all skipped", "skewed", "int64"])
+@pytest.mark.parametrize(("pairs", "experts"), [(MANY_PAIRS, 513), (MANY_PAIRS + 129, 7), (33_001, 129)])
+def test_many_pairs_of_uneven_experts(routing: str, pairs: int, experts: int, device: str) -> None:
+    """Chunks of one expert alone, of none, and of a last one that is not full; more chunks than are summed at once."""
+    random = torch.Generator().manual_seed(pairs)
+    ids = torch.randint(-1, experts + 1, (pairs,), generator=random, dtype=torch.int32)
+    if routing == "one expert":
+        ids.fill_(experts - 1)
+    elif routing == "first and last":
+        ids = torch.where(ids % 2 == 0, 0, experts - 1).int()
+    elif routing == "runs":
+        ids = (torch.arange(pairs) // 200 % experts).int()
+    elif routing == "all skipped":
+        ids = torch.where(ids % 2 == 0, -1, experts).int()
+    elif routing == "skewed":
+        ids = (torch.rand(pairs, generator=random) ** 8 * experts).int()
+    elif routing == "int64":
+        ids = ids.long()
+    tiles, counts = align(ids.to(device)[:, None], experts, 64)
+    held = ((ids >= 0) & (ids < experts)).nonzero().flatten()
+    expected = held[ids[held].argsort(stable=True)]
+    assert torch.equal(counts.cpu().long(), torch.bincount(ids[held], minlength=experts))
+    placed = tiles.pairs.view(-1, 64)[tiles.experts >= 0].cpu()
+    assert torch.equal(placed[placed < pairs].long(), expected)
+    assert_repeatable(lambda: [align(ids.to(device)[:, None], experts, 64)[1]])
+
+
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8), block=st.sampled_from([1, 16, 64]))
 def test_max_tiles_bounds_every_routing(counts: list[int], block: int) -> None:
     assert sum(-(-count // block) for count in counts) <= max_tiles(sum(counts), len(counts), block)

@@ -15,7 +15,7 @@ import triton.language as tl
 from ...integers import cdiv, next_power_of_2
 from ..ways import chunked, max_tiles, scan_of
 
-_CHUNK = 128  # pairs that are compared with each other where there are many
+_CHUNK = 128  # pairs that are compared with each other where there are many, one a thread
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,26 @@ def _place_kernel(
 def _chunk_count_kernel(
     ids_ptr, counts_ptr, ranks_ptr, num_pairs, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """counts[chunk, e]: pairs of each expert in a chunk; ranks[pair]: how many of its expert are before it there."""
+    """counts[chunk, e]: pairs of each expert in a chunk; ranks[pair]: how many of its expert are before it there.
+
+    A thread compares its own pair with all others (columns, where threads lie side by side, are the own ones): sums
+    across threads would be shuffles, of which a multiprocessor starts one a cycle.
+    """
     chunk = tl.program_id(0).to(tl.int64)
+    counts_ptr += chunk * num_experts
     experts = tl.arange(0, BLOCK_E)
-    tl.store(counts_ptr + chunk * num_experts + experts, 0, mask=experts < num_experts)
+    tl.store(counts_ptr + experts, 0, mask=experts < num_experts)
     lanes = tl.arange(0, CHUNK)
-    pairs = chunk * CHUNK + lanes
-    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    same = ids[:, None] == ids[None, :]
-    ranks = tl.sum((same & (lanes[None, :] < lanes[:, None])).to(tl.int32), axis=1)
-    later = tl.sum((same & (lanes[None, :] > lanes[:, None])).to(tl.int32), axis=1)
-    tl.store(ranks_ptr + pairs, ranks, mask=pairs < num_pairs)
+    inside = lanes < num_pairs - tl.program_id(0) * CHUNK
+    ids = tl.load(ids_ptr + chunk * CHUNK + lanes, mask=inside, other=-1)
+    # one sum for two: pairs of the same expert from the 16th bit on, and below it those of them that come before
+    vote = tl.where(lanes[:, None] < lanes[None, :], 65537, 65536)
+    votes = tl.sum(tl.where(ids[:, None] == ids[None, :], vote, 0), axis=0)
+    ranks, of_expert = votes % 65536, votes // 65536
+    tl.store(ranks_ptr + chunk * CHUNK + lanes, ranks, mask=inside)
     tl.debug_barrier()  # the zeros are written
-    last = (later == 0) & (ids >= 0) & (ids < num_experts)
-    tl.store(counts_ptr + chunk * num_experts + ids, ranks + 1, mask=last)
+    last = (ranks == of_expert - 1) & (ids >= 0) & (ids < num_experts)
+    tl.store(counts_ptr + ids, of_expert, mask=last)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -158,10 +164,10 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
         before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
         ranks = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
         _chunk_count_kernel[(chunks,)](
-            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=8
+            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=_CHUNK // 32
         )
         _running_count_kernel[(cdiv(num_experts, 8),)](
-            before, counts, chunks, num_experts, CHUNKS=128, EXPERTS=8, num_warps=4
+            before, counts, chunks, num_experts, CHUNKS=256, EXPERTS=8, num_warps=8
         )
     else:
         _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)

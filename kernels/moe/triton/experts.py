@@ -24,6 +24,7 @@ from .apart import tiles_apart
 from .by_peer import fused_moe_by_peer
 from .combine import weighted_sum
 from .few import fused_moe_few
+from .tall import fused_moe_tall
 
 
 # A step's number of pairs is not specialised on: a new one compiles nothing.
@@ -247,6 +248,8 @@ def fused_moe(
     topk_weights, topk_ids = (t if t.stride(1) == 1 else t.contiguous() for t in (topk_weights, topk_ids))
     way = choose_way(tokens, top_k, x.element_size(), w13, w13_scale, quantize_activations, num_shared)
     config = way.config
+    if way.tall:
+        return fused_moe_tall(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     if way.plan is not None:
         return fused_moe_by_peer(way.plan, x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     if config is None:

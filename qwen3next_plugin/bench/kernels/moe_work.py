@@ -191,7 +191,7 @@ def _facts(one: MoeInputs, useful: int, pair: int) -> dict[str, Any]:
     if way.plan is not None:
         height, config = way.plan.alignment, way.plan._asdict()
     elif way.config is not None:
-        height, config = way.config.block_m, config_object(way.config)
+        height, config = way.config.block_m, config_object(way.config) | ({"tall": True} if way.tall else {})
     else:
         return facts | {"padded_flops": useful, "config": "whole rows: no tiles"}
     rows = torch.bincount(one.ids.flatten(), minlength=one.w13.shape[0]).tolist()

@@ -28,7 +28,7 @@ from qwen3next_plugin.kernels import dispatch
 from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, config, gdn_commit, peers
 from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.gemm import policy
-from qwen3next_plugin.kernels.moe import peer_table, ways
+from qwen3next_plugin.kernels.moe import peer_table, tall_rule, ways
 from qwen3next_plugin.kernels.moe import peers as moe_peers
 from qwen3next_plugin.layers import GatedAttentionParts, GdnParts
 from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
@@ -250,6 +250,8 @@ class Mixture:
             moe_peers.OFFERS.offer(moe_peers.Peer("peer", lambda call: None))
             moe_peers.OFFERS.tried.add(("peer", shape))
             peer_table.RULES = (peer_table.Rule((0, 0), "peer", 20, 64, ""),)
+        if kind == "fp8 tall":
+            tall_rule.CAPABILITY, tall_rule.MIN_TOKENS = (0, 0), 300
         stored = self.FORMATS.get(kind)
         if stored is not None:
             self.layer.joined = False

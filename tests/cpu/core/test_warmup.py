@@ -17,7 +17,7 @@ from tests.helpers import output_of
 
 LAYERS = ("gdn", "gdn varied", "attention", "dense")
 EXPERTS = (
-    *("bf16", "fp8", "fp8 apart", "fp8 slices", "fp8 by peer"),
+    *("bf16", "fp8", "fp8 apart", "fp8 slices", "fp8 by peer", "fp8 tall"),
     *("int4", "int8", "int8 activations"),
 )
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.shapes import config_of
 from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gpus import KNOWN
+from qwen3next_plugin.kernels.moe import config
 from qwen3next_plugin.kernels.moe.config import CONFIGS, read_file
 from qwen3next_plugin.kernels.moe.ways import MAX_TOKENS
 from qwen3next_plugin.tune import defaults, files
 from qwen3next_plugin.tune.model import config_seconds
 from qwen3next_plugin.tune.problem import TOKENS, TUNED
-from qwen3next_plugin.tune.result import as_line, as_table, model_file
+from qwen3next_plugin.tune.result import as_line, as_table, measured_file, model_file
 from qwen3next_plugin.tune.run import parse_tokens
+from qwen3next_plugin.tune.search import Winner
 from qwen3next_plugin.tune.session import Progressing
 from tests.cpu.tune.fakes import PUBLISHED, FakeMachine, run
 
@@ -84,6 +87,24 @@ def test_measured_files_are_not_overwritten_by_computed_ones(tmp_path: Path, mon
 def test_a_computed_file_names_the_command_that_measures() -> None:
     note = model_file(KNOWN["gb10"], PUBLISHED, "--tp 1")["note"]
     assert note.endswith("not measured; to measure your own: qwen3next tune moe --tp 1 --dtype fp8")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "inner", "tokens", "said"),
+    [
+        ("h200", 512, (2048,), True),
+        ("h200", 64, (2048,), False),
+        ("l40s", 512, (2048,), False),
+        ("h200", 512, (1,), False),
+    ],
+)
+def test_a_measured_file_says_which_entries_serve_fewer_tokens(
+    gpu: str, inner: int, tokens: tuple[int, ...], said: bool
+) -> None:
+    tiles = config.default_config(8, 8, 1)
+    winners = [Winner(count, tiles, 1.0, tiles, 1.0, 0.0, 1) for count in tokens]
+    note = measured_file(KNOWN[gpu], replace(PUBLISHED, inner=inner), {}, "quick", winners)["note"]
+    assert ("; steps of 2048 tokens and more run in tiles of their own" in note) == said
 
 
 def test_lines_and_table_before_and_after(tmp_path: Path) -> None:
