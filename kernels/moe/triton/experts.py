@@ -1,6 +1,7 @@
 """The mixture of experts in Triton: sort pairs by expert, gate-up product with SwiGLU, down product, weighted sum.
 
-A few tokens take a shorter way (`few`), and some more need no sorting (`apart`).
+A few tokens take a shorter way (`few`), some more need no sorting (`apart`), and some hundred are sorted in the launch
+that rounds them (`ordered`).
 
 All intermediate results are indexed by pair (token, choice), so every value is written once, by one program, and summed
 in the order of the choices: no atomics, and equal inputs give equal bits. Nothing is read back to the host and every
@@ -24,6 +25,7 @@ from .apart import tiles_apart
 from .by_peer import fused_moe_by_peer
 from .combine import weighted_sum
 from .few import fused_moe_few
+from .ordered import tiles_in_order
 
 
 # A step's number of pairs is not specialised on: a new one compiles nothing.
@@ -253,15 +255,16 @@ def fused_moe(
         return fused_moe_few(x, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale)
     out, values = x.new_empty(x.shape), x.new_empty((tokens * top_k, hidden))
     # Where a tile of gate and up is as wide as a group of the next product's inputs, it rounds them itself.
-    rounds = way.quantize and w13.dtype is FP8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
+    fp8 = way.quantize and w13.dtype is FP8
+    rounds = fp8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
     activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
     scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     x_scale = None
-    if way.apart:
-        fp8 = way.quantize and w13.dtype is FP8
-        tiles, x, x_scale = tiles_apart(topk_ids, num_experts, config.block_m, x, rounds=fp8)
-    else:
+    if way.chunks:
         tiles, _ = align(topk_ids, num_experts, config.block_m)
+    else:
+        prepare = tiles_apart if way.apart else tiles_in_order
+        tiles, x, x_scale = prepare(topk_ids, num_experts, config.block_m, x, rounds=fp8)
     _grouped(
         x, w13, w13_scale, w13_zero, tiles, config.gate_up, activated,
         pairs_per_row=top_k, swiglu=True, quantize=way.quantize, a_scale=x_scale, out_scale=scale,
