@@ -1,4 +1,6 @@
-"""Sorting pairs by expert, and tiles of pairs that need no sorting."""
+"""Sorting pairs by expert, in one launch and in several, and tiles of pairs that need no sorting."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3next_plugin.kernels.gemm.triton import quantize_tokens
-from qwen3next_plugin.kernels.moe.triton.align import align
+from qwen3next_plugin.kernels.moe.triton.align import Tiles, align
 from qwen3next_plugin.kernels.moe.triton.apart import tiles_apart
+from qwen3next_plugin.kernels.moe.triton.ordered import tiles_in_order
 from qwen3next_plugin.kernels.moe.ways import MANY_PAIRS, MOST_APART, apart, max_tiles
 
 from .common import assert_repeatable
@@ -92,15 +95,14 @@ def test_max_tiles_bounds_every_routing(counts: list[int], block: int) -> None:
     assert sum(-(-count // block) for count in counts) <= max_tiles(sum(counts), len(counts), block)
 
 
-@pytest.mark.parametrize("routing", ["random", "one expert", "some skipped", "all skipped", "int64"])
-@pytest.mark.parametrize(("tokens", "top_k", "block"), [(1, 1, 16), (3, 11, 16), (17, 11, 16), (24, 8, 64)])
-def test_tiles_apart(tokens: int, top_k: int, block: int, routing: str, device: str) -> None:
-    """Every held pair in one tile, in order, up to the most pairs of one scan; tokens rounded as by themselves."""
-    experts = 260
+ROUTINGS = ["random", "one expert", "some skipped", "all skipped", "int64"]
+
+
+def routed(tokens: int, top_k: int, experts: int, routing: str, device: str) -> torch.Tensor:
     ids = torch.rand(tokens, experts, device=device).argsort(dim=-1)[:, :top_k].int()
     ids[:, -1] = experts - 1  # as a shared one
     if routing == "one expert":
-        ids.fill_(7)
+        ids.fill_(experts // 2)
     elif routing == "some skipped":
         ids[torch.rand(ids.shape, device=device) < 0.3] = -1
         ids[-1, 0] = experts
@@ -108,34 +110,61 @@ def test_tiles_apart(tokens: int, top_k: int, block: int, routing: str, device: 
         ids.fill_(-1)
     elif routing == "int64":
         ids = ids.long()
-    assert apart(ids.numel(), experts, block)
-    x = torch.randn(tokens, 306, device=device).bfloat16()[:, 3:-3]
-    torch.use_deterministic_algorithms(True, warn_only=True)  # as above
+    return ids
+
+
+def assert_tiles(
+    prepare: Callable[..., tuple[Tiles, torch.Tensor, torch.Tensor | None]],
+    ids: torch.Tensor,
+    experts: int,
+    block: int,
+) -> Tiles:
+    """Every held pair in one tile of its expert, in order, padded at its end; tokens rounded as by themselves."""
+    x = torch.randn(ids.shape[0], 306, device=ids.device).bfloat16()[:, 3:-3]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is allocated with the largest integer
     try:
-        tiles, codes, factors = tiles_apart(ids, experts, block, x, rounds=True)
-        plain, same, none = tiles_apart(ids, experts, block, x, rounds=False)
+        tiles, codes, factors = prepare(ids, experts, block, x, rounds=True)
+        plain, same, none = prepare(ids, experts, block, x, rounds=False)
     finally:
         torch.use_deterministic_algorithms(False)
     assert same is x and none is None and factors is not None
-    assert all(
-        map(
-            torch.equal,
-            (codes.view(torch.uint8), factors),
-            (q.view(torch.uint8) if q.dtype == codes.dtype else q for q in quantize_tokens(x)),
-        )
-    )
-    assert torch.equal(plain.experts, tiles.experts) and tiles.max_tiles == ids.numel()
+    expected, expected_factors = quantize_tokens(x)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(factors, expected_factors)
+    assert torch.equal(plain.experts, tiles.experts)
     flat, num_pairs = ids.flatten().tolist(), ids.numel()
     found: dict[int, list[int]] = {}
     for expert, pairs in zip(tiles.experts.tolist(), tiles.pairs.view(-1, block).tolist(), strict=True):
         if expert < 0:
+            assert expert == -1
             continue
         real = [pair for pair in pairs if pair != num_pairs]
         assert real and pairs == real + [num_pairs] * (block - len(real))
         found.setdefault(expert, []).extend(real)
     held = [expert for expert in range(experts) if expert in flat]
     assert found == {expert: [p for p in range(num_pairs) if flat[p] == expert] for expert in held}
-    assert_repeatable(lambda: tiles_apart(ids, experts, block, x, rounds=True)[1:])
+    assert_repeatable(lambda: prepare(ids, experts, block, x, rounds=True)[1:])
+    return tiles
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "top_k", "block"), [(1, 1, 16), (3, 11, 16), (17, 11, 16), (24, 8, 64)])
+def test_tiles_apart(tokens: int, top_k: int, block: int, routing: str, device: str) -> None:
+    """Up to the most pairs of one scan."""
+    ids = routed(tokens, top_k, 260, routing, device)
+    assert apart(ids.numel(), 260, block)
+    assert assert_tiles(tiles_apart, ids, 260, block).max_tiles == ids.numel()
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "block"), [(1, 1, 1, 16), (23, 3, 7, 16), (40, 11, 33, 64), (130, 10, 64, 32)]
+)
+def test_tiles_in_order(tokens: int, top_k: int, experts: int, block: int, routing: str, device: str) -> None:
+    """Fewer and more pairs than a scan looks at, tiles by expert; no more of them than room was left for."""
+    tiles = assert_tiles(tiles_in_order, routed(tokens, top_k, experts, routing, device), experts, block)
+    used = [expert for expert in tiles.experts.tolist() if expert >= 0]
+    assert used == sorted(used)
 
 
 def test_when_pairs_need_no_sorting() -> None:

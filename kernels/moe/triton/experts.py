@@ -1,6 +1,7 @@
 """The mixture of experts in Triton: sort pairs by expert, gate-up product with SwiGLU, down product, weighted sum.
 
-Few tokens take a shorter way (`few`), and some more need no sorting (`apart`).
+Few tokens take a shorter way (`few`), some more need no sorting (`apart`), some hundred pairs are sorted in the launch
+that rounds their tokens (`ordered`), and many tokens meet other products (`tall`, `by_peer`).
 
 All intermediate results are indexed by pair (token, choice), so every value is written once, by one program, and summed
 in the order of the choices: no atomics, and equal inputs give equal bits. Nothing is read back to the host and every
@@ -24,6 +25,7 @@ from .apart import tiles_apart
 from .by_peer import fused_moe_by_peer
 from .combine import weighted_sum
 from .few import fused_moe_few
+from .ordered import tiles_in_order
 from .tall import fused_moe_tall
 
 
@@ -261,10 +263,11 @@ def fused_moe(
     activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
     scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     x_scale = None
-    if way.apart:
-        tiles, x, x_scale = tiles_apart(topk_ids, num_experts, config.block_m, x, rounds=fp8)
-    else:
+    if way.chunks:
         tiles, _ = align(topk_ids, num_experts, config.block_m)
+    else:
+        prepare = tiles_apart if way.apart else tiles_in_order
+        tiles, x, x_scale = prepare(topk_ids, num_experts, config.block_m, x, rounds=fp8)
     _grouped(
         x, w13, w13_scale, w13_zero, tiles, config.gate_up, activated,
         pairs_per_row=top_k, swiglu=True, quantize=way.quantize, a_scale=x_scale, out_scale=scale,

@@ -38,7 +38,7 @@ def fp8_weights(experts: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
     w13, scale = fp8_weights()
-    found = ways.ways_up_to(3000, 2, 2, w13, scale)
+    found = ways.ways_up_to(ways.MANY_PAIRS, 2, 2, w13, scale)
     assert min(limits[0] for way, limits in found.items() if way.quantize) == ways.MAX_TOKENS + 1
     assert [limits for way, limits in found.items() if not way.quantize] == [(1, ways.MAX_TOKENS)]
     assert min(limits[0] for way, limits in found.items() if way.chunks) == ways.MANY_PAIRS // 2
@@ -46,7 +46,7 @@ def test_every_way_of_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert heights == {16, 32, 64, 128}
     assert {way.scan for way in found} == {0, ways.SHORT_SCAN, ways.LONG_SCAN}
     assert not any(way.apart for way in found), "four experts have fewer tiles than pairs"
-    kept = ways.ways_up_to(3000, 2, 2, w13, scale, quantize_activations=False)
+    kept = ways.ways_up_to(ways.MANY_PAIRS, 2, 2, w13, scale, quantize_activations=False)
     assert not any(way.quantize for way in kept)
 
 
