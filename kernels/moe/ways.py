@@ -65,12 +65,12 @@ def begins_early(device: torch.device) -> bool:
 
 
 def scan_of(num_pairs: int) -> int:
-    """Ids that a program of the sort looks at at a time. Two sizes: each is compiled for every height of a tile."""
+    """Ids that an expert's program looks at at a time. Two sizes: each is compiled for every height of a tile."""
     return SHORT_SCAN if num_pairs <= SHORT_SCAN else LONG_SCAN
 
 
 def chunked(num_pairs: int) -> bool:
-    """Whether so many pairs are counted in chunks rather than by each expert's own scan."""
+    """Whether so many pairs are counted in chunks rather than by each expert's own scan of them."""
     return num_pairs >= MANY_PAIRS
 
 
@@ -133,14 +133,16 @@ def choose_way(
         quantize = rounds(tokens, w13, w13_scale)
     plan = plan_for(tokens, choices, w13, w13_scale) if quantize and not is_forced() else None
     if plan is not None:
-        return Way(quantize, None, scan_of(pairs), chunked(pairs), plan)
+        return Way(quantize, None, 0, True, plan)
     if quantize and not is_forced() and runs_tall(tokens, w13, w13_scale):
-        return Way(quantize, TILES, scan_of(pairs), chunked(pairs), tall=True)
+        return Way(quantize, TILES, 0, True, tall=True)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
         return Way(quantize, None, 0, False, early=tokens <= EARLY_TOKENS and begins_early(w13.device))
     routed = w13[: experts - num_shared] if num_shared else w13
     config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
-    return Way(quantize, config, scan_of(pairs), chunked(pairs), apart=apart(pairs, experts, config.block_m))
+    if chunked(pairs):
+        return Way(quantize, config, 0, True)
+    return Way(quantize, config, scan_of(pairs), False, apart=apart(pairs, experts, config.block_m))
 
 
 def ways_up_to(

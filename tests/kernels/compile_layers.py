@@ -23,6 +23,7 @@ from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.moe.triton.align import align
 from qwen3next_plugin.kernels.moe.triton.apart import tiles_apart
 from qwen3next_plugin.kernels.moe.triton.by_peer import fused_moe_by_peer
+from qwen3next_plugin.kernels.moe.triton.ordered import tiles_in_order
 from qwen3next_plugin.kernels.moe.triton.tall import fused_moe_tall
 from qwen3next_plugin.kernels.norm import triton as norm
 from qwen3next_plugin.kernels.rope import triton as rope
@@ -73,6 +74,7 @@ def launch_all(dtype: torch.dtype) -> None:
     moe.add_shared_expert(x, x, x, weight[None])
     for rounded in ROUNDED:
         tiles_apart(torch.zeros(8, 11, dtype=torch.int32), 513, 16, x, rounded)
+        tiles_in_order(torch.zeros(8, 40, dtype=torch.int32), 513, 16, x, rounded)
     align(torch.zeros(4096, 2, dtype=torch.int32), 513, 64)
     codes, scale = torch.zeros(1024, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(8, 16)
     for rows in (8, 128):

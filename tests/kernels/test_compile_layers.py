@@ -9,8 +9,8 @@ from tests.helpers import output_of, tritons
 SMALLEST_SHARED_MEMORY = 99 * 1024  # bytes a program may use on compute capability 8.6 and 8.9
 KERNELS = """
 _rms_norm_kernel _qk_norm_rope_kernel _sigmoid_gate_kernel _route_kernel _add_shared_expert_kernel
-gate_up_kernel down_kernel _count_kernel _place_kernel _grouped_kernel _weighted_sum_kernel
-_chunk_count_kernel _running_count_kernel _chunk_place_kernel _apart_kernel
+gate_up_kernel down_kernel _place_kernel _grouped_kernel _weighted_sum_kernel
+_chunk_count_kernel _running_count_kernel _chunk_place_kernel _apart_kernel _ordered_kernel
 _block_fp8_matmul_kernel few_matmul_kernel
 """
 ROUNDING = "_quantize_tokens_kernel _ends_kernel _copy_rows_kernel _activate_rows_kernel _tall_kernel"

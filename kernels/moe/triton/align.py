@@ -1,9 +1,8 @@
 """Sorting (token, expert) pairs by expert on the GPU: no host sync, no atomics, a grid known from the shapes alone.
 
 The pairs of one expert are laid out in tiles of BLOCK_M, the last one padded, so that a tile of the grouped product
-meets one expert's weights only. Of a few pairs every expert is one program, which scans all the ids twice: to count,
-then to place. Many pairs are counted in chunks, and placed by how many of their expert came before them: in the chunk,
-in the chunks before it, and in all experts before theirs.
+meets one expert's weights only. Pairs are counted in chunks, and placed by how many of their expert came before them:
+in the chunk, in the chunks before it, and in all experts before theirs. Some hundred pairs are sorted in `ordered`.
 """
 
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import triton
 import triton.language as tl
 
 from ...integers import cdiv, next_power_of_2
-from ..ways import chunked, max_tiles, scan_of
+from ..ways import max_tiles
 
-_CHUNK = 128  # pairs that are compared with each other where there are many, one a thread
+_CHUNK = 128  # pairs that are compared with each other, one a thread
+_SCAN = 1024  # tiles that are written at a time
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,8 @@ class Tiles:
 
 
 # What follows from a step's number of tokens is not specialised on: a new one compiles nothing.
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, SCAN: tl.constexpr):
-    expert = tl.program_id(0)
-    lanes = tl.arange(0, SCAN)
-    count = tl.zeros([SCAN], dtype=tl.int32)
-    for begin in range(0, num_pairs, SCAN):
-        ids = tl.load(ids_ptr + begin + lanes, mask=begin + lanes < num_pairs, other=-1)
-        count += (ids == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(count, axis=0))
-
-
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place_kernel(
-    ids_ptr,
     counts_ptr,
     pairs_ptr,
     experts_ptr,
@@ -60,9 +48,8 @@ def _place_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SCAN: tl.constexpr,
-    PLACE: tl.constexpr,
 ):
-    """Each expert's tiles and their padding; its pairs too (PLACE), or else where they begin."""
+    """Each expert's tiles, their padding, and where its pairs begin."""
     expert = tl.program_id(0)
     others = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + others, mask=others < num_experts, other=0)
@@ -80,15 +67,7 @@ def _place_kernel(
     padding = tl.arange(0, BLOCK_M)
     unused = my_tiles * BLOCK_M - my_pairs
     tl.store(pairs_ptr + position + my_pairs + padding, num_pairs, mask=padding < unused)
-    if PLACE:
-        for begin in range(0, num_pairs, SCAN):
-            ids = tl.load(ids_ptr + begin + lanes, mask=begin + lanes < num_pairs, other=-1)
-            mine = ids == expert
-            order = tl.cumsum(mine.to(tl.int32), axis=0)
-            tl.store(pairs_ptr + position + order - 1, begin + lanes, mask=mine)
-            position += tl.sum(mine.to(tl.int32), axis=0)
-    else:
-        tl.store(starts_ptr + expert, position)
+    tl.store(starts_ptr + expert, position)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -156,23 +135,17 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
     experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
-    scan = scan_of(num_pairs)
-    block_e, many, chunks = next_power_of_2(num_experts), chunked(num_pairs), cdiv(num_pairs, _CHUNK)
-    starts = before = ranks = counts
-    if many:
-        starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
-        before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
-        ranks = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
-        _chunk_count_kernel[(chunks,)](
-            ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=_CHUNK // 32
-        )
-        _running_count_kernel[(cdiv(num_experts, 8),)](
-            before, counts, chunks, num_experts, CHUNKS=256, EXPERTS=8, num_warps=8
-        )
-    else:
-        _count_kernel[(num_experts,)](ids, counts, num_pairs, SCAN=scan, num_warps=4)
+    starts = torch.empty(num_experts, dtype=torch.int64, device=ids.device)
+    block_e, chunks = next_power_of_2(num_experts), cdiv(num_pairs, _CHUNK)
+    before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
+    ranks = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
+    _chunk_count_kernel[(chunks,)](
+        ids, before, ranks, num_pairs, num_experts, CHUNK=_CHUNK, BLOCK_E=block_e, num_warps=_CHUNK // 32
+    )
+    _running_count_kernel[(cdiv(num_experts, 8),)](
+        before, counts, chunks, num_experts, CHUNKS=256, EXPERTS=8, num_warps=8
+    )
     _place_kernel[(num_experts,)](
-        ids,
         counts,
         pairs,
         experts,
@@ -182,12 +155,8 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
         num_tiles,
         BLOCK_M=block_m,
         BLOCK_E=block_e,
-        SCAN=scan,
-        PLACE=not many,
+        SCAN=_SCAN,
         num_warps=4,
     )
-    if many:
-        _chunk_place_kernel[(chunks,)](
-            ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4
-        )
+    _chunk_place_kernel[(chunks,)](ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4)
     return Tiles(pairs, experts, block_m), counts
