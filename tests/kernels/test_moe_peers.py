@@ -137,7 +137,7 @@ def test_the_number_of_tokens_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_blocks_that_were_tried_and_are_to_be_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = offer()
-    ids = random_ids(9, EXPERTS, 2, DEVICE)
+    ids = random_ids(17, EXPERTS, 2, DEVICE)
     case(ids, experts=EXPERTS + 1).run("triton")
     problem(ids, EXPERTS, HIDDEN, INNER).run("triton")
     problem(ids, EXPERTS, HIDDEN, INNER, "fp8 activations", inner_block=64).run("triton")
@@ -145,7 +145,7 @@ def test_only_blocks_that_were_tried_and_are_to_be_rounded(monkeypatch: pytest.M
     moe.fused_moe(x, w13, w2, router, ids, s13, s2, quantize_activations=False, backend="triton")
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: False)
     moe.fused_moe(x, w13, w2, router, ids, s13, s2, backend="triton")
-    with config.forced(config.default_config(18, EXPERTS, 1)):
+    with config.forced(config.default_config(34, EXPERTS, 1)):
         case(ids).run("triton")
     assert not fake.rows
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
