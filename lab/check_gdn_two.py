@@ -9,7 +9,7 @@ def interpret():
     from qwen3next_plugin.kernels.gdn import triton_decode
     from tests.kernels import test_gdn_decode_fused as t
     from tests.kernels.layer_case import make_layer
-    cases = [Two(heads=2), Two(chunks=4, heads=2, halves=True), Two(rows=4, warps=1, chunks=2, norm=LAST, heads=1)]
+    cases = [Two(heads=2), Two(chunks=4, heads=2, halves=True), Two(rows=4, warps=1, chunks=2, spread=2, norm=LAST, heads=1)]
     if os.environ.get("TILED"):
         from gdn_tiled import decode_tiled
         cases = [None]

@@ -19,19 +19,19 @@ CHANNELS = (2 * K_HEADS + V_HEADS) * DIM
 COPY = 4.26e12
 
 TWO = {  # by value: what is measured at every shape first
-    "whole, 8 warps": Two(warps=8, chunks=4, registers=128),
-    "whole, 8 warps, pdl": Two(warps=8, chunks=4, registers=128, pdl=True),
-    "16 rows, 1 warp, last norms, pdl": Two(rows=16, warps=1, chunks=4, norm=LAST, registers=128, pdl=True),
-    "32 rows, 2 warps, last norms, pdl": Two(rows=32, warps=2, chunks=4, norm=LAST, registers=128, pdl=True),
-    "64 rows, 4 warps, last norms, pdl": Two(rows=64, warps=4, chunks=4, norm=LAST, registers=128, pdl=True),
+    "whole, 8 warps": Two(warps=8, chunks=4, spread=32, registers=128),
+    "whole, 8 warps, pdl": Two(warps=8, chunks=4, spread=32, registers=128, pdl=True),
+    "16 rows, 1 warp, last norms, pdl": Two(rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=128, pdl=True),
+    "32 rows, 1 warp, last norms, pdl": Two(rows=32, warps=1, chunks=4, spread=4, norm=LAST, pdl=True),
+    "64 rows, 4 warps, last norms, pdl": Two(rows=64, warps=4, chunks=4, spread=16, norm=LAST, registers=128, pdl=True),
     "32 rows, 1 warp, 32 lanes, last norms, pdl": Two(rows=32, warps=1, norm=LAST, pdl=True),
     "32 rows, 1 warp, 32 lanes, norm apart": Two(rows=32, warps=1, norm=APART),
-    "whole, 4 warps, 32 lanes": Two(),
-    "16 rows, 1 warp, last norms": Two(rows=16, warps=1, chunks=4, norm=LAST, registers=128),
-    "32 rows, 1 warp, 8 lanes, last norms, pdl": Two(rows=32, warps=1, chunks=4, norm=LAST, pdl=True),
-    "16 rows, 1 warp, 16 lanes, last norms, pdl": Two(rows=16, warps=1, chunks=2, norm=LAST, registers=128, pdl=True),
-    "halves, 8 warps, pdl": Two(warps=8, chunks=4, halves=True, registers=128, pdl=True),
-    "whole, 8 warps, pdl, heads by 4": Two(warps=8, chunks=4, registers=128, pdl=True, heads=4),
+    "whole, 4 warps, pdl": Two(warps=4, chunks=4, spread=16, pdl=True),
+    "32 rows, 2 warps, last norms, pdl": Two(rows=32, warps=2, chunks=4, spread=8, norm=LAST, registers=128, pdl=True),
+    "16 rows, 1 warp, last norms": Two(rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=128),
+    "whole, 8 warps, keys by shared memory, pdl": Two(warps=8, chunks=4, registers=128, pdl=True),
+    "halves, 8 warps, pdl": Two(warps=8, chunks=4, spread=32, halves=True, registers=128, pdl=True),
+    "whole, 8 warps, pdl, heads by 4": Two(warps=8, chunks=4, spread=32, registers=128, pdl=True, heads=4),
 }
 VARIANTS = {"today": gdn_decode_fused}
 VARIANTS |= {name: partial(decode_two, two) for name, two in TWO.items()}

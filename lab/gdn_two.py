@@ -47,10 +47,12 @@ def _prepare_kernel(
     window_slot, window_channel, window_column, out_token, out_head, out_v, slots_stride,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, COUNTED: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """flat [N, conv_dim] float32: q | k | v convolved, q and k normalised; gates [N, 2, HV] float32: decay, beta.
 
+    SPLIT: of q, and then of k, all upper halves of their floats as int16 and then all lower ones: loads of 16-bit
+    numbers are laid out as those of a 16-bit state are, eight to a thread.
     A program has HEADS heads of q, of k or of v, and alone their windows.
     """
     if PDL:
@@ -86,7 +88,14 @@ def _prepare_kernel(
             HEADS, KEY_DIM, BLOCK_K, WIDTH, BLOCK_W, HAS_SNAPSHOT,
         )  # fmt: skip
         y *= (tl.where(is_key, 1.0, scale) / tl.sqrt(tl.sum(y * y, 1) + EPSILON))[:, None]
-        tl.store(to + channel, y, mask=there)
+        if SPLIT:
+            bits = y.to(tl.int32, bitcast=True)
+            section = (to + tl.where(is_key, 1, 0) * (K_HEADS * KEY_DIM)).to(tl.pointer_type(tl.int16))
+            at = section + (channel - tl.where(is_key, 1, 0) * (K_HEADS * KEY_DIM))
+            tl.store(at, (bits >> 16).to(tl.int16), mask=there)
+            tl.store(at + K_HEADS * KEY_DIM, bits.to(tl.int16), mask=there)
+        else:
+            tl.store(to + channel, y, mask=there)
     else:
         y, channel, there = _convolved(
             x, qkv_column, conv_weight, weight_channel, weight_tap, windows, window_slot, window_channel, window_column,
@@ -108,13 +117,23 @@ def _prepare_kernel(
 
 
 @triton.jit
+def _joined(high_at, low_at):
+    """float32 of their halves, unmasked."""
+    high, low = tl.load(high_at).to(tl.int32), tl.load(low_at).to(tl.int32)
+    return ((high << 16) | (low & 0xFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _advanced(s, q, k, v, decay, beta):
-    """`advance_once` of a state [C, V, K / C], q and k [C, 1, K / C]: a thread adds up its chunks before it asks others."""
-    read_k = tl.sum(tl.sum(s * k, 0), 1)
-    read_q = tl.sum(tl.sum(s * q, 0), 1)
-    key_query = tl.sum(tl.sum(tl.sum(k * q, 2), 1), 0)
+    """`advance_once` of a state [C, R, S, K / C], q and k [C, 1, S or 1, K / C], v [R, S]; the output is [R, S].
+
+    A thread adds up its chunks before it asks other threads.
+    """
+    read_k = tl.sum(tl.sum(s * k, 0), 2)
+    read_q = tl.sum(tl.sum(s * q, 0), 2)
+    key_query = tl.sum(tl.sum(k * q, 0), 2)
     written = beta * (v - decay * read_k)
-    update = tl.broadcast_to(written[None, :, None], s.shape)
+    update = tl.broadcast_to(written[None, :, :, None], s.shape)
     return tl.fma(update, tl.broadcast_to(k, s.shape), s * decay), decay * read_q + key_query * written
 
 
@@ -138,8 +157,9 @@ def _recur_kernel(
     z_token, z_head, z_v, state_slot, state_head, STATE_V: tl.constexpr, STATE_K: tl.constexpr,
     out_token, out_head, out_v, slots_stride,
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
-    HALVES: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, SPREAD: tl.constexpr, OWN_KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
+    HALVES: tl.constexpr, SPLIT: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row, value head and part of V. raw [N, HV, PARTS * BLOCK_V] float32, counters [N, HV] of LAST."""
     CHANNELS: tl.constexpr = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
@@ -157,13 +177,14 @@ def _recur_kernel(
         if PDL:
             gdc_wait()  # so that who waits for this launch has waited for the one in front as well
         return
-    k_index = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
-    v_index = part * BLOCK_V + tl.arange(0, ROWS)
+    # Rows of V by which thread has them: loads of q and k as wide as that are laid out as the state is.
+    k_index = tl.arange(0, CHUNKS)[:, None, None, None] * LANES + tl.arange(0, LANES)[None, None, None, :]
+    v_index = part * BLOCK_V + tl.arange(0, ROWS // SPREAD)[:, None] * SPREAD + tl.arange(0, SPREAD)[None, :]
     k_mask, v_mask = k_index < KEY_DIM, v_index < VALUE_DIM
-    there = k_mask & v_mask[None, :, None]
-    at = state + slot * state_slot + head * state_head + v_index[None, :, None] * STATE_V + k_index * STATE_K
+    there = k_mask & v_mask[None, :, :, None]
+    at = state + slot * state_slot + head * state_head + v_index[None, :, :, None] * STATE_V + k_index * STATE_K
     WHOLE: tl.constexpr = KEY_DIM == BLOCK_K and VALUE_DIM % BLOCK_V == 0
-    there_2 = k_mask & (v_index + ROWS < VALUE_DIM)[None, :, None]
+    there_2 = k_mask & (v_index + ROWS < VALUE_DIM)[None, :, :, None]
     s = tl.load(at) if WHOLE else tl.load(at, mask=there, other=0.0)
     if HALVES:
         s_2 = tl.load(at + ROWS * STATE_V) if WHOLE else tl.load(at + ROWS * STATE_V, mask=there_2, other=0.0)
@@ -178,10 +199,20 @@ def _recur_kernel(
     snapshot = tl.load(snapshot_slots + row).to(tl.int64) if HAS_SNAPSHOT else slot
     if PDL:
         gdc_wait()
-    keys = flat + row * CHANNELS + head // (V_HEADS // K_HEADS) * KEY_DIM + k_index
+    KEYS: tl.constexpr = K_HEADS * KEY_DIM
+    key_at = head // (V_HEADS // K_HEADS) * KEY_DIM + k_index
+    if OWN_KEYS:  # every thread loads what it needs, though others load the same
+        key_at += tl.zeros((1, 1, SPREAD, 1), tl.int32)
+    keys = flat + row * CHANNELS + key_at
     values = flat + row * CHANNELS + 2 * K_HEADS * KEY_DIM + head * VALUE_DIM + v_index
-    q = tl.load(keys, mask=k_mask, other=0.0)
-    k = tl.load(keys + K_HEADS * KEY_DIM, mask=k_mask, other=0.0)
+    if SPLIT:
+        halves = (flat + row * CHANNELS).to(tl.pointer_type(tl.int16)) + key_at
+        q, k = _joined(halves, halves + KEYS), _joined(halves + 2 * KEYS, halves + 3 * KEYS)
+    elif WHOLE:
+        q, k = tl.load(keys), tl.load(keys + K_HEADS * KEY_DIM)
+    else:
+        q = tl.load(keys, mask=k_mask, other=0.0)
+        k = tl.load(keys + K_HEADS * KEY_DIM, mask=k_mask, other=0.0)
     v = tl.load(values, mask=v_mask, other=0.0)
     decay = tl.load(gates + row * (2 * V_HEADS) + head)
     beta = tl.load(gates + row * (2 * V_HEADS) + V_HEADS + head)
@@ -196,9 +227,9 @@ def _recur_kernel(
     if NORM == 0:
         tl.store(to + v_index * out_v, o.to(out.dtype.element_ty), mask=v_mask)
     elif NORM == 1:
-        squares = tl.sum(o * o, 0)
+        squares = tl.sum(tl.sum(o * o, 1), 0)
         if HALVES:
-            squares += tl.sum(o_2 * o_2, 0)
+            squares += tl.sum(tl.sum(o_2 * o_2, 1), 0)
         root = tl.rsqrt(squares / VALUE_DIM + norm_eps)
         y = o * root * norm * gate * tl.sigmoid(gate)
         tl.store(to + v_index * out_v, y.to(out.dtype.element_ty), mask=v_mask)
@@ -222,11 +253,13 @@ def _recur_kernel(
 
 @dataclass(frozen=True)
 class Two:
-    """How the two launches are built. rows: of V a program; chunks: of K, each of K / chunks lanes side by side."""
+    """How the two launches are built. rows: of V a program; chunks: of K for float32, half as many for 16 bits, each of K / chunks elements side
+    by side; spread: rows of V side by side (each thread loads keys of its own then)."""
 
     rows: int | None = None
     warps: int = 4
     chunks: int = 1
+    spread: int | None = None
     norm: int = WITHIN
     halves: bool = False
     pdl: bool = False
@@ -246,6 +279,12 @@ def decode_two(
     block_k, block_v = next_power_of_2(key_dim), next_power_of_2(value_dim)
     part = block_v if two.rows is None else min(two.rows, block_v)
     parts = block_v // part
+    per_half = part // 2 if two.halves else part
+    own_keys = two.spread is not None
+    spread = min(two.spread, per_half) if own_keys else per_half
+    split = own_keys and ssm_state.element_size() == 2 and key_dim == block_k and value_dim % part == 0
+    # A thread has 16 bytes of each chunk.
+    chunks = min(max(1, two.chunks * ssm_state.element_size() // 4), block_k)
     device, counted = mixed_qkv.device, two.norm == LAST
     flat = torch.empty(rows, mixed_qkv.shape[1], dtype=torch.float32, device=device)
     coefficients = torch.empty(rows, 2, v_heads, dtype=torch.float32, device=device)
@@ -262,7 +301,7 @@ def decode_two(
         state_slots.stride(0),
         K_HEADS=num_k_heads, V_HEADS=v_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, HEADS=two.heads, BLOCK_K=block_k,
         BLOCK_V=block_v, WIDTH=width, BLOCK_W=next_power_of_2(width), BLOCK_ROWS=BLOCK_ROWS,
-        HAS_SNAPSHOT=snapshot_slots is not None, COUNTED=counted, PDL=two.pdl, num_warps=two.prepare_warps,
+        HAS_SNAPSHOT=snapshot_slots is not None, COUNTED=counted, SPLIT=split, PDL=two.pdl, num_warps=two.prepare_warps,
     )  # fmt: skip
     options = {"num_warps": two.warps}
     if two.registers is not None:
@@ -272,8 +311,8 @@ def decode_two(
     _recur_kernel[(rows * v_heads * parts,)](
         z, norm_weight.contiguous(), ssm_state, out, flat, coefficients, raw, counters, query_start, query_end,
         state_slots, kept, norm_eps, *z.stride(), *ssm_state.stride(), *out.stride(), state_slots.stride(0),
-        K_HEADS=num_k_heads, V_HEADS=v_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, CHUNKS=min(two.chunks, block_k),
-        BLOCK_K=block_k, BLOCK_V=part, PARTS=parts, NORM=two.norm, HALVES=two.halves,
+        K_HEADS=num_k_heads, V_HEADS=v_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, CHUNKS=chunks,
+        SPREAD=spread, OWN_KEYS=own_keys, BLOCK_K=block_k, BLOCK_V=part, PARTS=parts, NORM=two.norm, HALVES=two.halves, SPLIT=split,
         HAS_SNAPSHOT=snapshot_slots is not None, PDL=two.pdl, **options,
     )  # fmt: skip
     if two.norm == APART:
