@@ -17,6 +17,7 @@ from qwen3next_plugin.kernels.gdn.triton_decode import gdn_decode_fused
 K_HEADS, V_HEADS, DIM, WIDTH = 16, 32, 128, 4
 CHANNELS = (2 * K_HEADS + V_HEADS) * DIM
 COPY = 4.26e12
+VLLM, SGLANG = "vLLM's", "SGLang's"  # how windows lie: channels or taps side by side
 
 TWO = {  # by value: what is measured at every shape first
     "whole, 8 warps": Two(warps=8, chunks=4, spread=32, registers=128),
@@ -27,6 +28,9 @@ TWO = {  # by value: what is measured at every shape first
     "32 rows, 1 warp, 32 lanes, last norms, pdl": Two(rows=32, warps=1, norm=LAST, pdl=True),
     "32 rows, 1 warp, 32 lanes, norm apart": Two(rows=32, warps=1, norm=APART),
     "whole, 4 warps, pdl": Two(warps=4, chunks=4, spread=16, pdl=True),
+    "16 rows, 1 warp, last norms, early, pdl": Two(
+        rows=16, warps=1, chunks=4, spread=4, norm=LAST, early=True, registers=128, pdl=True
+    ),
     "32 rows, 2 warps, last norms, pdl": Two(rows=32, warps=2, chunks=4, spread=8, norm=LAST, registers=128, pdl=True),
     "16 rows, 1 warp, last norms": Two(rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=128),
     "whole, 8 warps, keys by shared memory, pdl": Two(warps=8, chunks=4, registers=128, pdl=True),
@@ -40,7 +44,17 @@ VARIANTS |= {
     "one launch, 16 rows, 4 stages, 4 warps": partial(decode_tiled, 16, 4, 4),
     "one launch, 8 rows, 5 stages, 2 warps": partial(decode_tiled, 8, 5, 2),
 }
-FIRST = list(VARIANTS)[:8]
+FIRST = [
+    "today",
+    "whole, 8 warps, pdl",
+    "16 rows, 1 warp, last norms, pdl",
+    "32 rows, 1 warp, last norms, pdl",
+    "whole, 8 warps",
+    "64 rows, 4 warps, last norms, pdl",
+    "whole, 4 warps, pdl",
+    "one launch, 8 rows, 3 stages, 2 warps",
+]
+REST = [name for name in VARIANTS if name not in FIRST]
 
 
 def say(path, **line):
@@ -68,7 +82,8 @@ class Lab:
         self.state = torch.empty(slots, V_HEADS, DIM, DIM, dtype=dtype, device=device)
         for one in self.state.split(64):
             one.copy_(torch.randn(one.shape, device=device) * 0.1)
-        self.windows = torch.randn(slots, WIDTH - 1, CHANNELS, device=device).bfloat16().mT  # as vLLM lays them out
+        windows = torch.randn(slots, WIDTH - 1, CHANNELS, device=device).bfloat16().mT
+        self.windows = {VLLM: windows, SGLANG: windows.contiguous()}
         self.weight = (torch.randn(CHANNELS, WIDTH, device=device) * 0.3).bfloat16()
         self.norm = (1 + 0.1 * torch.randn(DIM, device=device)).bfloat16()
         self.A_log, self.dt_bias = torch.randn(V_HEADS, device=device), torch.randn(V_HEADS, device=device) - 2
@@ -88,38 +103,58 @@ class Lab:
             start, end, slots, out, None,
         )  # fmt: skip
 
-    def small(self, variant, times=1):
-        """Outputs, states and windows of 40 rows, three of which are skipped, after ``times`` steps."""
-        state, windows = self.state[:48].clone(), self.windows[:48].clone(memory_format=torch.preserve_format)
+    def small(self, variant, graphed=False):
+        """Outputs, states and windows of 42 tokens, some of rows that are skipped or of none, after two steps."""
+        state, windows = (part.clone(memory_format=torch.preserve_format) for part in self.few_states)
         out = torch.full((42, V_HEADS, DIM), float("nan"), dtype=torch.bfloat16, device="cuda")
-        for _ in range(times):
-            self.call(variant, self.few, self.few_slots, state, windows, out)
-        torch.cuda.synchronize()
+
+        def steps():
+            for _ in range(2):
+                self.call(variant, self.few, self.few_slots, state, windows, out)
+
+        # Scratch is filled with NaN: who reads it too early is found out.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            if graphed:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    steps()
+                graph.replay()
+            else:
+                steps()
+            torch.cuda.synchronize()
+        finally:
+            torch.use_deterministic_algorithms(False)
         return out, state, windows
 
     def check(self, variant):
-        """Relative differences from today's kernel after two steps, and whether five tries give the same bits."""
+        """Differences from today's kernel after two steps; whether six tries, three in graphs, give the same bits."""
         if not hasattr(self, "few"):
             qkvz, ba, start, end = self.inputs(42)
             end = end.clone()
             end[7] = start[7]  # an empty row; and tokens 40 and 41 have none
             self.few = (qkvz, ba, start[:40], end[:40])
+            # Kept aside, as timing moves those of the pool.
+            parts = (self.state[:48], self.windows[VLLM][:48])
+            self.few_states = [part.clone(memory_format=torch.preserve_format) for part in parts]
             self.few_slots = torch.randperm(48, device="cuda")[:40].int()
             self.few_slots[[3, 20]] = -1
-            self.expected = self.small("today", 2)
-        found = self.small(variant, 2)
+            self.expected = self.small("today")
+        found = self.small(variant)
         off = [
             float((x.float() - y.float()).norm() / y.float().norm())
             for x, y in zip(found[:2], self.expected[:2], strict=True)
         ]
         same = True
-        for _ in range(5):
-            again = self.small(variant, 2)
-            same &= all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(found[:2], again[:2]))
+        for attempt in range(6):
+            again = self.small(variant, graphed=attempt > 2)
+            pairs = zip(found[:2], again[:2], strict=True)
+            same &= all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
         idle = not bool(found[0][[3, 7, 20, 40, 41]].any())
         return off, same, idle, bool(torch.equal(found[2], self.expected[2]))
 
-    def time(self, variant, rows, min_bytes=300e6):
+    def time(self, variant, rows, layout, min_bytes=300e6):
         """Median and least microseconds a call, in a graph over slots and inputs that no call has had just before."""
         moved = 2 * rows * self.state[0].numel() * self.state.itemsize
         calls = max(1, min(self.slots // rows, int(min_bytes // (moved / 2)) + 1))
@@ -132,7 +167,7 @@ class Lab:
 
         def run():
             for inputs, slots, out in made:
-                self.call(variant, inputs, slots, self.state, self.windows, out)
+                self.call(variant, inputs, slots, self.state, self.windows[layout], out)
 
         run()
         torch.cuda.synchronize()
@@ -153,25 +188,27 @@ def main(seconds, path):
         say(path, torch=torch.__version__, triton=triton.__version__, gpu=torch.cuda.get_device_name())
         labs = {"float32": Lab(torch.float32, 1024), "bfloat16": Lab(torch.bfloat16, 1024)}
         right = {}
-        rounds = [(64, FIRST), (256, FIRST), (1024, FIRST), (64, list(VARIANTS)[8:]), (128, FIRST)]
-        rounds += [(256, list(VARIANTS)[8:]), (16, FIRST), (8, FIRST), (1024, list(VARIANTS)[8:])]
-        for rows, variants in rounds:
+        rounds = [(64, FIRST, VLLM), (256, FIRST, VLLM), (1024, FIRST[:4], VLLM), (64, REST, VLLM), (128, FIRST, VLLM)]
+        rounds += [(256, FIRST[:5], SGLANG), (16, FIRST[:7], VLLM), (8, FIRST[:7], VLLM), (256, REST, VLLM)]
+        rounds += [(64, FIRST[:5], SGLANG), (1024, FIRST[4:], VLLM), (1024, REST, VLLM)]
+        for rows, variants, layout in rounds:
             for dtype, lab in labs.items():
                 for variant in variants:
                     began = time.monotonic()
                     if began > end:
                         say(path, over="time is up")
                         return
-                    case = {"rows": rows, "state": dtype, "variant": variant}
+                    case = {"rows": rows, "state": dtype, "variant": variant, "windows": layout}
                     try:
                         if (dtype, variant) not in right:
                             off, same, idle, windows = lab.check(variant)
                             right[dtype, variant] = max(off) < 0.01 and same and idle and windows
-                            say(path, check=variant, state=dtype, out_off=off[0], state_off=off[1], same_bits=same,
-                                idle_zero=idle, windows_equal=windows, took=round(time.monotonic() - began, 2))  # fmt: skip
+                            found = {"out_off": off[0], "state_off": off[1], "same_bits": same, "idle_zero": idle}
+                            took = round(time.monotonic() - began, 2)
+                            say(path, check=variant, state=dtype, **found, windows_equal=windows, took=took)
                         if not right[dtype, variant]:
                             continue
-                        us, least, calls, copy = lab.time(variant, rows)
+                        us, least, calls, copy = lab.time(variant, rows, layout)
                         say(path, **case, us=round(us, 2), least=round(least, 2), of_copy=round(copy / us, 3),
                             calls=calls, took=round(time.monotonic() - began, 2))  # fmt: skip
                     except Exception as error:

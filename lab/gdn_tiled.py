@@ -1,4 +1,4 @@
-"""The control: today's program of a row and key head, whose tiles of states come through shared memory, stages ahead."""
+"""The control: today's program of a row and key head, whose tiles come through shared memory, stages ahead."""
 
 import torch
 import triton

@@ -23,7 +23,7 @@ def _convolved(
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr,
 ):  # fmt: skip
-    """Of HEADS heads: the convolution's outputs [HEADS, BLOCK_D], zeros outside, their channels, and which there are."""
+    """Of HEADS heads: the convolution's outputs [HEADS, BLOCK_D], their channels, and which there are."""
     index = tl.arange(0, HEADS * BLOCK_D)
     head, place = first_head + index // BLOCK_D, index % BLOCK_D
     y = _advance_window(
@@ -159,7 +159,7 @@ def _recur_kernel(
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNKS: tl.constexpr, SPREAD: tl.constexpr, OWN_KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
-    HALVES: tl.constexpr, SPLIT: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,     HALVES: tl.constexpr, SPLIT: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row, value head and part of V. raw [N, HV, PARTS * BLOCK_V] float32, counters [N, HV] of LAST."""
     CHANNELS: tl.constexpr = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
@@ -217,6 +217,12 @@ def _recur_kernel(
     decay = tl.load(gates + row * (2 * V_HEADS) + head)
     beta = tl.load(gates + row * (2 * V_HEADS) + V_HEADS + head)
     s_new, o = _advanced(s.to(tl.float32), q, k, v, decay, beta)
+    raw_at = raw + (row * V_HEADS + head) * (PARTS * BLOCK_V)
+    counter = counters + row * V_HEADS + head
+    if EARLY:  # the fence before a program says so has then no stores of a state to wait for
+        tl.store(raw_at + v_index, o)
+        tl.debug_barrier()
+        done = tl.atomic_add(counter, 1, sem="acq_rel")
     _kept(s_new, at, there, state, snapshot, slot, state_slot, WHOLE, HAS_SNAPSHOT)
     if HALVES:
         v_2 = tl.load(values + ROWS, mask=v_index + ROWS < VALUE_DIM, other=0.0)
@@ -237,10 +243,11 @@ def _recur_kernel(
             y = o_2 * root * norm_2 * gate_2 * tl.sigmoid(gate_2)
             tl.store(to + (v_index + ROWS) * out_v, y.to(out.dtype.element_ty), mask=v_index + ROWS < VALUE_DIM)
     else:
-        raw_at = raw + (row * V_HEADS + head) * (PARTS * BLOCK_V)
-        tl.store(raw_at + v_index, o)
-        tl.debug_barrier()  # all of the program's outputs are there before one of its threads says so
-        if tl.atomic_add(counters + row * V_HEADS + head, 1, sem="acq_rel") == PARTS - 1:
+        if EARLY == 0:
+            tl.store(raw_at + v_index, o)
+            tl.debug_barrier()  # all of the program's outputs are there before one of its threads says so
+            done = tl.atomic_add(counter, 1, sem="acq_rel")
+        if done == PARTS - 1:
             v_all = tl.arange(0, PARTS * BLOCK_V)
             all_mask = v_all < VALUE_DIM
             o_all = tl.load(raw_at + v_all, mask=all_mask, other=0.0, cache_modifier=".cg")
@@ -253,14 +260,19 @@ def _recur_kernel(
 
 @dataclass(frozen=True)
 class Two:
-    """How the two launches are built. rows: of V a program; chunks: of K for float32, half as many for 16 bits, each of K / chunks elements side
-    by side; spread: rows of V side by side (each thread loads keys of its own then)."""
+    """How the two launches are built.
+
+    rows: of V a program, None: all. chunks: of K for float32 states, half as many for 16 bits, each of K / chunks
+    elements side by side. spread: rows of V side by side, 32 a warp over the threads of a chunk; each thread loads keys
+    of its own then, None: they go through shared memory. registers: at most, a thread; heads: a program in front.
+    """
 
     rows: int | None = None
     warps: int = 4
     chunks: int = 1
     spread: int | None = None
     norm: int = WITHIN
+    early: bool = False
     halves: bool = False
     pdl: bool = False
     registers: int | None = None
@@ -288,7 +300,7 @@ def decode_two(
     device, counted = mixed_qkv.device, two.norm == LAST
     flat = torch.empty(rows, mixed_qkv.shape[1], dtype=torch.float32, device=device)
     coefficients = torch.empty(rows, 2, v_heads, dtype=torch.float32, device=device)
-    raw, counters = flat, query_start
+    raw, counters = flat, flat
     if counted:
         raw = torch.empty(rows, v_heads, block_v, dtype=torch.float32, device=device)
         counters = torch.empty(rows, v_heads, dtype=torch.int32, device=device)
@@ -312,7 +324,9 @@ def decode_two(
         z, norm_weight.contiguous(), ssm_state, out, flat, coefficients, raw, counters, query_start, query_end,
         state_slots, kept, norm_eps, *z.stride(), *ssm_state.stride(), *out.stride(), state_slots.stride(0),
         K_HEADS=num_k_heads, V_HEADS=v_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, CHUNKS=chunks,
-        SPREAD=spread, OWN_KEYS=own_keys, BLOCK_K=block_k, BLOCK_V=part, PARTS=parts, NORM=two.norm, HALVES=two.halves, SPLIT=split,
+        SPREAD=spread, OWN_KEYS=own_keys, BLOCK_K=block_k, BLOCK_V=part, PARTS=parts, NORM=two.norm,
+        EARLY=two.early and counted,
+        HALVES=two.halves, SPLIT=split,
         HAS_SNAPSHOT=snapshot_slots is not None, PDL=two.pdl, **options,
     )  # fmt: skip
     if two.norm == APART:
