@@ -25,7 +25,7 @@ def interpret():
         Two(chunks=4, heads=2, halves=True),
         Two(rows=4, warps=1, chunks=2, spread=2, norm=LAST, heads=1),
         Two(rows=4, warps=1, chunks=4, spread=2, norm=LAST, early=True, heads=1),
-        Two(warps=8, chunks=4, spread=8, heads=4),
+        Two(warps=8, chunks=4, spread=8, heads=4, late=True),
     ]
     cases = [(str(two), partial(decode_two, two), ((12, 20), (8, 8))) for two in small]
     cases.append(("one launch", partial(decode_tiled, 4, 3, 1), ((8, 8),)))

@@ -20,7 +20,7 @@ COPY = 4.26e12
 VLLM, SGLANG = "vLLM's", "SGLang's"  # how windows lie: channels or taps side by side
 
 TWO = {  # by value: what is measured at every shape first
-    "whole, 8 warps": Two(warps=8, chunks=4, spread=32, registers=128),
+    "whole, 8 warps, late gates": Two(warps=8, chunks=4, spread=32, late=True, registers=128),
     "whole, 8 warps, pdl": Two(warps=8, chunks=4, spread=32, registers=128, pdl=True),
     "16 rows, 1 warp, last norms, pdl": Two(rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=128, pdl=True),
     "32 rows, 1 warp, last norms, pdl": Two(rows=32, warps=1, chunks=4, spread=4, norm=LAST, pdl=True),
@@ -31,11 +31,17 @@ TWO = {  # by value: what is measured at every shape first
     "16 rows, 1 warp, last norms, early, pdl": Two(
         rows=16, warps=1, chunks=4, spread=4, norm=LAST, early=True, registers=128, pdl=True
     ),
+    "whole, 8 warps, late gates, pdl": Two(warps=8, chunks=4, spread=32, late=True, registers=128, pdl=True),
+    "16 rows, 1 warp, last norms, 168 registers, pdl": Two(
+        rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=168, pdl=True
+    ),
     "32 rows, 2 warps, last norms, pdl": Two(rows=32, warps=2, chunks=4, spread=8, norm=LAST, registers=128, pdl=True),
     "16 rows, 1 warp, last norms": Two(rows=16, warps=1, chunks=4, spread=4, norm=LAST, registers=128),
     "whole, 8 warps, keys by shared memory, pdl": Two(warps=8, chunks=4, registers=128, pdl=True),
     "halves, 8 warps, pdl": Two(warps=8, chunks=4, spread=32, halves=True, registers=128, pdl=True),
-    "whole, 8 warps, pdl, heads by 4": Two(warps=8, chunks=4, spread=32, registers=128, pdl=True, heads=4),
+    "whole, 8 warps, late gates, pdl, heads by 4": Two(
+        warps=8, chunks=4, spread=32, late=True, registers=128, pdl=True, heads=4
+    ),
 }
 VARIANTS = {"today": gdn_decode_fused}
 VARIANTS |= {name: partial(decode_two, two) for name, two in TWO.items()}
@@ -46,10 +52,10 @@ VARIANTS |= {
 }
 FIRST = [
     "today",
-    "whole, 8 warps, pdl",
+    "whole, 8 warps, late gates, pdl",
     "16 rows, 1 warp, last norms, pdl",
     "32 rows, 1 warp, last norms, pdl",
-    "whole, 8 warps",
+    "whole, 8 warps, late gates",
     "64 rows, 4 warps, last norms, pdl",
     "whole, 4 warps, pdl",
     "one launch, 8 rows, 3 stages, 2 warps",

@@ -159,7 +159,8 @@ def _recur_kernel(
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNKS: tl.constexpr, SPREAD: tl.constexpr, OWN_KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr,     HALVES: tl.constexpr, SPLIT: tl.constexpr, HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr,     HALVES: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row, value head and part of V. raw [N, HV, PARTS * BLOCK_V] float32, counters [N, HV] of LAST."""
     CHANNELS: tl.constexpr = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
@@ -188,12 +189,12 @@ def _recur_kernel(
     s = tl.load(at) if WHOLE else tl.load(at, mask=there, other=0.0)
     if HALVES:
         s_2 = tl.load(at + ROWS * STATE_V) if WHOLE else tl.load(at + ROWS * STATE_V, mask=there_2, other=0.0)
-    if NORM == 1:
-        gate_at = z + start * z_token + head * z_head + v_index * z_v
+    gate_at = z + start * z_token + head * z_head + v_index * z_v
+    v_mask_2 = v_index + ROWS < VALUE_DIM
+    if NORM == 1 and LATE == 0:
         gate = tl.load(gate_at, mask=v_mask, other=0.0).to(tl.float32)
         norm = tl.load(norm_weight + v_index, mask=v_mask, other=0.0).to(tl.float32)
         if HALVES:
-            v_mask_2 = v_index + ROWS < VALUE_DIM
             gate_2 = tl.load(gate_at + ROWS * z_v, mask=v_mask_2, other=0.0).to(tl.float32)
             norm_2 = tl.load(norm_weight + v_index + ROWS, mask=v_mask_2, other=0.0).to(tl.float32)
     snapshot = tl.load(snapshot_slots + row).to(tl.int64) if HAS_SNAPSHOT else slot
@@ -236,6 +237,12 @@ def _recur_kernel(
         squares = tl.sum(tl.sum(o * o, 1), 0)
         if HALVES:
             squares += tl.sum(tl.sum(o_2 * o_2, 1), 0)
+        if LATE:
+            gate = tl.load(gate_at, mask=v_mask, other=0.0).to(tl.float32)
+            norm = tl.load(norm_weight + v_index, mask=v_mask, other=0.0).to(tl.float32)
+        if LATE and HALVES:
+            gate_2 = tl.load(gate_at + ROWS * z_v, mask=v_mask_2, other=0.0).to(tl.float32)
+            norm_2 = tl.load(norm_weight + v_index + ROWS, mask=v_mask_2, other=0.0).to(tl.float32)
         root = tl.rsqrt(squares / VALUE_DIM + norm_eps)
         y = o * root * norm * gate * tl.sigmoid(gate)
         tl.store(to + v_index * out_v, y.to(out.dtype.element_ty), mask=v_mask)
@@ -263,8 +270,9 @@ class Two:
     """How the two launches are built.
 
     rows: of V a program, None: all. chunks: of K for float32 states, half as many for 16 bits, each of K / chunks
-    elements side by side. spread: rows of V side by side, 32 a warp over the threads of a chunk; each thread loads keys
-    of its own then, None: they go through shared memory. registers: at most, a thread; heads: a program in front.
+    elements side by side. spread: rows of V side by side; each thread loads keys
+    of its own then, None: they go through shared memory. early: outputs before the state; late: gates behind it.
+    registers: at most, a thread; heads: a program in front.
     """
 
     rows: int | None = None
@@ -273,6 +281,7 @@ class Two:
     spread: int | None = None
     norm: int = WITHIN
     early: bool = False
+    late: bool = False
     halves: bool = False
     pdl: bool = False
     registers: int | None = None
@@ -325,7 +334,7 @@ def decode_two(
         state_slots, kept, norm_eps, *z.stride(), *ssm_state.stride(), *out.stride(), state_slots.stride(0),
         K_HEADS=num_k_heads, V_HEADS=v_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, CHUNKS=chunks,
         SPREAD=spread, OWN_KEYS=own_keys, BLOCK_K=block_k, BLOCK_V=part, PARTS=parts, NORM=two.norm,
-        EARLY=two.early and counted,
+        EARLY=two.early and counted, LATE=two.late,
         HALVES=two.halves, SPLIT=split,
         HAS_SNAPSHOT=snapshot_slots is not None, PDL=two.pdl, **options,
     )  # fmt: skip
