@@ -159,7 +159,7 @@ def _recur_kernel(
     K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     CHUNKS: tl.constexpr, SPREAD: tl.constexpr, OWN_KEYS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PARTS: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr, LATE: tl.constexpr,     HALVES: tl.constexpr, SPLIT: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, HALVES: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row, value head and part of V. raw [N, HV, PARTS * BLOCK_V] float32, counters [N, HV] of LAST."""
