@@ -52,12 +52,13 @@ def way_text(way: PrefillWay) -> str:
 
 
 def tile_text(tile: DecodeTile | VerifyTile) -> str:
-    """``2048 elements, 2 warps``; ``all tokens at once, 128 rows, 4 warps`` or ``token by token, ..``."""
+    """``1024 elements, 2 warps, 3 stages``; ``all tokens at once, 128 rows, 4 warps`` or ``token by token, ..``."""
     if isinstance(tile, VerifyTile):
         form = "all tokens at once" if tile.form == PROJECTED else "token by token"
         return f"{form}, {tile.rows} rows, {tile.num_warps} warps"
     held = "a whole state" if tile.elements is None else f"{tile.elements} elements"
-    return f"{held}, {tile.num_warps} warps"
+    stages = "" if tile.num_stages == 1 else f", {tile.num_stages} stages"
+    return f"{held}, {tile.num_warps} warps{stages}"
 
 
 def _own_choices(rules: Sequence[PrefillRule], origin: str) -> list[Choice]:

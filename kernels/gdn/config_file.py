@@ -26,6 +26,7 @@ from .table import (
 FORMAT = 1
 STATE_BYTES = (4, 2)
 _MOST_REGISTERS = 255  # that a thread of any GPU can have
+_MOST_STAGED = 1 << 14  # elements, 64 KiB of float32: every GPU from sm_80 on has that much shared memory for a program
 
 
 @functools.lru_cache
@@ -102,7 +103,14 @@ def parse_tile(kind: type[Any], one: dict[str, Any]) -> Any:
     if kind is DecodeTile:
         if one["elements"] is not None:
             _power("elements", one["elements"], 1 << 16)
-        return DecodeTile(one["elements"], one["num_warps"])
+        stages = one.get("num_stages", 1)  # which files of before there were stages lack
+        _number("num_stages", stages, 1, 8)
+        if stages > 1 and (one["elements"] is None or one["elements"] * stages > _MOST_STAGED):
+            raise ValueError(
+                f"num_stages is {stages} for {one['elements']} elements: stages are of tiles, and together they hold "
+                f"{_MOST_STAGED} elements at most"
+            )
+        return DecodeTile(one["elements"], one["num_warps"], stages)
     if one["form"] not in FORMS:
         raise ValueError(f"form is {one['form']!r}, which is none of {', '.join(FORMS)}")
     _power("rows", one["rows"], 256, LEAST_ROWS if one["form"] == PROJECTED else 1)

@@ -63,10 +63,12 @@ class DecodeTile:
     """Elements of a state that a program holds at a time, None: all of a head's; and the program's warps.
 
     A head that is no larger than that is held whole, by fewer warps where it is smaller than 1,024 elements a warp.
+    num_stages: 1, the next tile is asked for into registers; more, the next ones on their way through shared memory.
     """
 
     elements: int | None
     num_warps: int
+    num_stages: int = 1
 
 
 @dataclass(frozen=True)

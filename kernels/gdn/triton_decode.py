@@ -1,5 +1,6 @@
 """A whole decode step of a layer in one Triton kernel: convolution, gates, delta rule, gated norm."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -8,51 +9,11 @@ from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, covered
 from .config import decode_tile, table_of
 from .reference import Gates
-from .triton_formula import EPSILON, advance_once, as_stored, decay_of
+from .triton_decode_staged import gdn_decode_staged_kernel
+from .triton_formula import advance_once, as_stored, decay_of
+from .triton_window import advance_keys, advance_window
 
 ELEMENTS_A_WARP = 1024  # at least, of a head that is held whole
-
-
-@triton.jit
-def _advance_window(
-    x,
-    x_column,
-    weight,
-    weight_channel,
-    weight_tap,
-    windows,
-    window_slot,
-    window_channel,
-    window_column,
-    slot,
-    snapshot,
-    channel,
-    in_dim,
-    WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    HAS_SNAPSHOT: tl.constexpr,
-):
-    """The convolution's output for one new input of these channels, in float32; their window moves on by it.
-
-    The window is in registers, whole, before any of it is written, and no other program has these channels.
-    """
-    tap = tl.arange(0, BLOCK_W)
-    new = (tap == WIDTH - 1)[None, :]
-    source = windows + slot * window_slot + channel[:, None] * window_channel + tap[None, :] * window_column
-    window = tl.load(source, mask=in_dim[:, None] & (tap < WIDTH - 1)[None, :], other=0.0).to(tl.float32)
-    value = tl.load(x + channel * x_column, mask=in_dim, other=0.0).to(tl.float32)
-    window = tl.where(new, value[:, None], window)
-    taps = weight + channel[:, None] * weight_channel + tap[None, :] * weight_tap
-    w = tl.load(taps, mask=in_dim[:, None] & (tap < WIDTH)[None, :], other=0.0).to(tl.float32)
-    y = tl.sum(window * w, 1)
-    tl.debug_barrier()  # one element may be held by several threads: all have read before one writes
-    moved = in_dim[:, None] & ((tap > 0) & (tap < WIDTH))[None, :]
-    target = source - window_column
-    tl.store(target, window.to(windows.dtype.element_ty), mask=moved)
-    if HAS_SNAPSHOT:
-        kept = in_dim[:, None] & ((tap > 0) & (tap < tl.where(snapshot >= 0, WIDTH, 0)))[None, :]
-        tl.store(target + (snapshot - slot) * window_slot, window.to(windows.dtype.element_ty), mask=kept)
-    return y * tl.sigmoid(y)
 
 
 # What changes from step to step is not specialised on, nor is where arrays of rows begin, which are slices of a step's:
@@ -147,8 +108,7 @@ def _gdn_decode_kernel(
     ahead = tl.load(state_at + first_head * state_head, mask=tile, other=0.0)
     snapshot = tl.load(snapshot_slots + place).to(tl.int64) if HAS_SNAPSHOT else slot
     x = qkv + start * qkv_token
-    q_channel = k_head * KEY_DIM + k_index
-    q = _advance_window(
+    q, k = advance_keys(
         x,
         qkv_column,
         conv_weight,
@@ -160,32 +120,15 @@ def _gdn_decode_kernel(
         window_column,
         slot,
         snapshot,
-        q_channel,
-        k_mask,
+        k_head,
+        k_index,
+        scale,
+        K_HEADS,
+        KEY_DIM,
         WIDTH,
         BLOCK_W,
         HAS_SNAPSHOT,
     )
-    k = _advance_window(
-        x,
-        qkv_column,
-        conv_weight,
-        weight_channel,
-        weight_tap,
-        windows,
-        window_slot,
-        window_channel,
-        window_column,
-        slot,
-        snapshot,
-        K_HEADS * KEY_DIM + q_channel,
-        k_mask,
-        WIDTH,
-        BLOCK_W,
-        HAS_SNAPSHOT,
-    )
-    q = q * (scale / tl.sqrt(tl.sum(q * q, 0) + EPSILON))
-    k = k / tl.sqrt(tl.sum(k * k, 0) + EPSILON)
     norm = tl.load(norm_weight + v_all, mask=in_head, other=0.0).to(tl.float32)
 
     for group in range(GROUP):
@@ -208,7 +151,7 @@ def _gdn_decode_kernel(
                 ahead = tl.load(following, mask=more, other=0.0)
             v_index = block * BLOCK_V + rows_of_tile
             v_mask = v_index < VALUE_DIM
-            v = _advance_window(
+            v = advance_window(
                 x,
                 qkv_column,
                 conv_weight,
@@ -261,7 +204,8 @@ def gdn_decode_fused(
 
     A program holds a tile of a head's state in registers from its only read to its last write, and goes through the
     value heads of one key head of one row: the q and k windows that these share are read once, and moved by who read
-    them. The outputs stay in registers for the norm.
+    them. The outputs stay in registers for the norm, except where the table's tile has stages
+    (:mod:`.triton_decode_staged`).
     """
     a, b, A_log, dt_bias = gates
     _, v_heads, value_dim, key_dim = ssm_state.shape
@@ -270,24 +214,15 @@ def gdn_decode_fused(
     programs = max(rows, tokens) * num_k_heads
     # A batch that fills the GPU goes through a state in small tiles, so that several programs share a multiprocessor
     # and one computes while others wait for memory; a program asks for the next tile before it works on this one, for
-    # which a whole state would leave no registers.
+    # which a whole state would leave no registers, or, in stages, for several through shared memory.
     tile = decode_tile(table_of(ssm_state.device), ssm_state.element_size(), programs)
     num_warps = max(1, min(tile.num_warps, block_k * block_v // ELEMENTS_A_WARP))
-    ahead = False
-    if tile.elements is not None and block_k * block_v > tile.elements:
-        block_v, num_warps, ahead = max(1, tile.elements // block_k), tile.num_warps, True
-    _gdn_decode_kernel[(programs,)](
-        mixed_qkv,
-        z,
-        a,
-        b,
-        conv_weight,
-        A_log.contiguous(),
-        dt_bias.contiguous(),
-        norm_weight.contiguous(),
-        conv_state,
-        ssm_state,
-        out,
+    tiled = tile.elements is not None and block_k * block_v > tile.elements
+    if tile.elements is not None and tiled:
+        block_v, num_warps = max(1, tile.elements // block_k), tile.num_warps
+    tiles, group = cdiv(value_dim, block_v), v_heads // num_k_heads
+    inputs = (mixed_qkv, z, a, b, conv_weight, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous())
+    numbers = (
         query_start,
         query_end,
         state_slots,
@@ -305,17 +240,37 @@ def gdn_decode_fused(
         *ssm_state.stride(),
         *out.stride(),
         state_slots.stride(0),
-        K_HEADS=num_k_heads,
-        GROUP=v_heads // num_k_heads,
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        WIDTH=width,
-        BLOCK_K=block_k,
-        BLOCK_V=block_v,
-        V_BLOCKS=next_power_of_2(cdiv(value_dim, block_v)),
-        AHEAD=ahead,
-        BLOCK_W=next_power_of_2(width),
-        BLOCK_ROWS=BLOCK_ROWS,
-        HAS_SNAPSHOT=snapshot_slots is not None,
-        num_warps=num_warps,
+    )
+    shape = {
+        "K_HEADS": num_k_heads,
+        "GROUP": group,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "WIDTH": width,
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+        "BLOCK_W": next_power_of_2(width),
+        "BLOCK_ROWS": BLOCK_ROWS,
+        "HAS_SNAPSHOT": snapshot_slots is not None,
+        "num_warps": num_warps,
+    }
+    if tiled and tile.num_stages > 1:
+        scratch = torch.empty(2 * rows * v_heads * value_dim, dtype=torch.float32, device=out.device)
+        gdn_decode_staged_kernel[(programs,)](
+            *inputs,
+            conv_state,
+            ssm_state,
+            out,
+            scratch,
+            *numbers,
+            **shape,
+            BLOCK_HEAD=next_power_of_2(value_dim),
+            BLOCK_GROUP=next_power_of_2(group),
+            TILES=tiles,
+            STAGES=tile.num_stages,
+        )
+        return
+    blocks = next_power_of_2(tiles)
+    _gdn_decode_kernel[(programs,)](
+        *inputs, conv_state, ssm_state, out, *numbers, **shape, V_BLOCKS=blocks, AHEAD=tiled
     )

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels import conv, gdn
 from qwen3next_plugin.kernels.gdn import config, triton_peers
-from qwen3next_plugin.kernels.gdn.table import PROJECTED, VerifyTile
+from qwen3next_plugin.kernels.gdn.table import PROJECTED, DecodeTile, VerifyTile
 from qwen3next_plugin.kernels.gdn.triton_split import split
 from qwen3next_plugin.kernels.gpus import Target
 
@@ -68,7 +68,9 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool
     for capability in CAPABILITIES:
         kernel = triton.compile(source, GPUTarget("cuda", capability, 32), values)
         shared = kernel.metadata.shared
-        print(f"{self.__name__} sm_{capability} shared={shared} {resources(kernel)} grid={grid}", flush=True)
+        copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
+        says = f"{self.__name__} sm_{capability} shared={shared} {resources(kernel)} copies={copies}"
+        print(f"{says} grid={grid}", flush=True)
 
 
 def resources(kernel: Any) -> str:
@@ -120,6 +122,10 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
     norm_weight, own, narrow = tensor(value_dim), tensor(6, dim, 3), tensor(*ssm_state.shape)
     gdn.gdn_decode_fused(*whole, norm_weight, conv_state, ssm_state, **gated, **rows, state_slots=slots[:, 0])
     gdn.gdn_decode_fused(*whole, norm_weight, own, narrow, **gated, **one)
+    for stages in (3, 5):
+        with config.forced(config.only(config.table_of(ssm_state.device), DecodeTile(1024, 2, stages))):
+            gdn.gdn_decode_fused(*whole, norm_weight, conv_state, ssm_state, **gated, **rows, state_slots=slots[:, 0])
+            gdn.gdn_decode_fused(*whole, norm_weight, own, narrow, **gated, **one)
     verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
     gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
     for length in (4, 8):

@@ -33,6 +33,7 @@ from .layer_case import EPS, make_layer
 
 SHIPPED = config.CONFIGS / "any" / "gdn.json"
 RULES = json.loads(SHIPPED.read_text())
+TILED = RULES["decode"][1] | {"num_stages": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -87,10 +88,13 @@ def test_tables_that_a_kernel_meets() -> None:
     """Decodes: as before there were files. Verifications: float32 states of one or two tokens go token by token."""
     table = config.find(Target("NVIDIA H100 80GB HBM3", (9, 0))).table
     assert config.decode_tile(table, 4, 255) == config.decode_tile(table, 2, 1) == DecodeTile(None, 16)
-    assert config.decode_tile(table, 4, 256) == DecodeTile(2048, 2)
-    assert config.decode_tile(table, 2, 4096) == DecodeTile(1024, 2)
+    assert config.decode_tile(table, 4, 1023) == DecodeTile(2048, 2)
+    assert config.decode_tile(table, 2, 1023) == DecodeTile(1024, 2)
     steps, at_once = VerifyTile(128, 8, STEPS), VerifyTile(128, 4, PROJECTED)
     h200 = config.find(Target(gpus.KNOWN["h200"].name, (9, 0))).table
+    staged = {config.decode_tile(one, size, 1024) for one in (table, h200) for size in (4, 2)}
+    assert staged == {DecodeTile(1024, 2, 3)}, "what fills a GPU takes its tiles through shared memory"
+    assert {rule.tile.num_stages for rule in config.find(gpus.NO_GPU).table.decode} == {1}, "not measured elsewhere"
     for one, programs in product((table, h200), (32, 1023, 1024, 8192)):
         found = [[config.verify_tile(one, size, tokens, programs) for tokens in (1, 2, 3, 4, 8, 9)] for size in (4, 2)]
         two = steps if programs < 1024 else at_once
@@ -130,6 +134,10 @@ def test_the_first_rule_that_fits_decides_on_our_own_variant() -> None:
         ({"decode": RULES["decode"][:1]}, "decode has no rule for states of 2 bytes from 0 programs on"),
         ({"decode": [RULES["decode"][0] | {"num_warps": 3}]}, "num_warps is 3, which is no power of two"),
         ({"decode": [RULES["decode"][0] | {"elements": 100}]}, "elements is 100, which is no power of two"),
+        ({"decode": [TILED | {"num_stages": 0}]}, "num_stages is 0, which is no whole number from 1 on up to 8"),
+        ({"decode": [TILED | {"num_stages": 2.0}]}, "num_stages is 2.0, which is no whole number"),
+        ({"decode": [TILED | {"elements": None}]}, "num_stages is 3 for None elements: stages are of tiles"),
+        ({"decode": [TILED | {"elements": 8192}]}, "num_stages is 3 for 8192 elements: stages are of tiles"),
         ({"verify": RULES["verify"][1:]}, "verify has no rule for 2 tokens and states of 4 bytes from 0 programs on"),
         ({"verify": []}, "verify has no rule for states of 4 bytes"),
         ({"verify": [RULES["verify"][0] | {"form": "whole"}]}, "form is 'whole', which is none of steps, projected"),
@@ -189,7 +197,7 @@ class Noted:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
-    names = ("chunk", "walk", "gates", "tiled chunk", "tiled walk", "decode", *FORMS)
+    names = ("chunk", "walk", "gates", "tiled chunk", "tiled walk", "decode", "staged decode", *FORMS)
     noted = {name: Noted() for name in names}
     monkeypatch.setattr(triton_prefill, "_chunk_kernel", noted["chunk"])
     monkeypatch.setattr(triton_prefill, "_walk_kernel", noted["walk"])
@@ -197,6 +205,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Noted]:
         own = noted[name if name == "gates" else f"tiled {name}"]
         monkeypatch.setattr(triton_tiled, f"{name}_kernel", own)
     monkeypatch.setattr(triton_decode, "_gdn_decode_kernel", noted["decode"])
+    monkeypatch.setattr(triton_decode, "gdn_decode_staged_kernel", noted["staged decode"])
     for form in FORMS:
         monkeypatch.setattr(triton_verify, f"gdn_verify_{form}_kernel", noted[form])
     return noted
@@ -208,6 +217,9 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         {"state_bytes": size, "min_programs": programs, "elements": elements, "num_warps": warps, "why": "a test"}
         for size in (2, 4)
         for programs, elements, warps in ((0, None, 16), (8, 32, 1))
+    ]  # as files of before there were stages
+    decode += [
+        decode[-1] | {"state_bytes": size, "min_programs": 9, "elements": 64, "num_stages": 3} for size in (2, 4)
     ]
     verify = [
         {"state_bytes": size, "max_tokens": 4, "min_programs": programs, **tile, "num_warps": 2, "why": "a test"}
@@ -226,7 +238,7 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         run_prefill(tokens, tokens.state(2), [(0, length, 1)], [False], "triton")
     built = [(one["BY_BLOCKS"], one["num_warps"], one["maxnreg"]) for one in launches["chunk"].options]
     assert built == [(False, 4, None), (True, 8, 168)]
-    for rows in (7, 8):
+    for rows in (7, 8, 9):
         layer = make_layer(rows, device)
         count = torch.arange(rows + 1, device=device)
         ranges = {"query_start": count[:-1], "query_end": count[1:], "state_slots": count[:-1]}
@@ -235,6 +247,8 @@ def test_launches_obey_a_users_file(launches: dict[str, Noted], tmp_path: Path, 
         gdn.gdn_decode_fused(*layer.arguments(), windows, state, **ranges, **options)
     tiles = [(one["BLOCK_V"], one["AHEAD"], one["num_warps"]) for one in launches["decode"].options]
     assert tiles == [(8, False, 1), (2, True, 1)], "a small head whole by one warp; then 32 elements of 16 columns"
+    staged = [(one["BLOCK_V"], one["STAGES"], one["num_warps"]) for one in launches["staged decode"].options]
+    assert staged == [(4, 3, 1)]
     for rows in (3, 4, 5):
         layer = make_layer(3 * rows, device, dims=(8, 32))
         Case([layer], [(3 * row, 3 * row + 3, row) for row in range(rows)], "triton").verify()

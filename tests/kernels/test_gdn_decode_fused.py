@@ -1,6 +1,7 @@
 """A decode step in one launch: outputs and both states against the float64 formula, and nothing else may move."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwen3next_plugin.kernels import conv, gdn, norm
+from qwen3next_plugin.kernels.gdn import config, triton_decode
+from qwen3next_plugin.kernels.gdn.table import DecodeTile
 
 from .common import BACKENDS, DTYPES
 from .gdn_case import assert_error, limit
@@ -49,6 +52,14 @@ def run(
         **options,
     )
     return out
+
+
+@contextmanager
+def tile_of(elements: int, stages: int, device: str, warps: int = 2) -> Iterator[None]:
+    """Every decode goes through its states in such tiles."""
+    table = config.table_of(torch.device(device))
+    with config.forced(config.only(table, DecodeTile(elements, warps, stages))):
+        yield
 
 
 def check(
@@ -212,6 +223,83 @@ def test_it_repeats_to_the_bit(backend: str, device: str) -> None:
         assert torch.equal(bits(one.contiguous()), bits(other.contiguous()))
 
 
+@pytest.mark.parametrize("snapshots", [None, [7, -1, 8, 9, 10]], ids=["alone", "snapshots"])
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("heads", [(2, 2), (1, 3), (2, 4), (4, 8), (8, 16), (16, 32)])
+def test_tiles(heads: tuple[int, int], stages: int, snapshots: list[int] | None, device: str) -> None:
+    """In registers and in stages: several tiles a head, rows that are skipped or of no token, tokens of no row."""
+    with tile_of(16, stages, device):
+        check(make_layer(6, device, heads, (8, 8)), ROWS, "triton", snapshots=snapshots)
+
+
+@pytest.mark.parametrize("elements", [16, 64, 1024])
+@pytest.mark.parametrize("dims", [(16, 16), (12, 20), (24, 40), (40, 3), (5, 7)])
+def test_staged_tiles_of_heads_that_are_no_powers_of_two(dims: tuple[int, int], elements: int, device: str) -> None:
+    """And of heads with a row a tile, a last tile that is not full, or one tile in all."""
+    with tile_of(elements, 3, device):
+        check(make_layer(6, device, (2, 6), dims, torch.bfloat16), ROWS, "triton", snapshots=[7, -1, 8, 9, 10])
+
+
+@pytest.mark.parametrize("layout", STATE_LAYOUTS)
+@pytest.mark.parametrize("state_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_staged_tiles_of_every_type_and_layout(
+    dtype: torch.dtype, state_dtype: torch.dtype, layout: str, device: str
+) -> None:
+    layer = make_layer(6, device, dtype=dtype)
+    snapshots = [7, -1, 8, 9, 10] if dtype == torch.float16 else None
+    with tile_of(32, 3, device):
+        check(layer, ROWS, "triton", state_dtype=state_dtype, layout=layout, spare_columns=2, snapshots=snapshots)
+
+
+@pytest.mark.parametrize("width", [2, 8])
+def test_staged_tiles_of_other_widths_and_batches(width: int, device: str) -> None:
+    with tile_of(32, 3, device):
+        check(make_layer(5, device, width=width), [(0, 1, 2), (1, 2, -1), (2, 2, 0), (3, 4, 1), (4, 5, -1)], "triton")
+        check(make_layer(4, device, width=width), [(2, 4, 1), (0, 2, 3)], "triton")
+        check(make_layer(2, device, width=width), [(1, 1, 3), (1, 1, -1), (0, 0, 5), (1, 2, 2), (0, 1, 1)], "triton")
+        check(make_layer(2, device, width=width), [], "triton")
+
+
+def test_staged_tiles_repeat_to_the_bit_and_move_the_state_as_others_do(device: str) -> None:
+    """What a step of the kernel's other form leaves is what this one leaves: tiles are rows, whose sums stay whole."""
+    layer = make_layer(6, device, dtype=torch.bfloat16)
+    windows, state = layer.windows(6, 3, torch.bfloat16, "contiguous"), layer.tokens.state(6)
+    fill_slots(windows, range(6))
+    fill_slots(state, range(6))
+    results = []
+    for stages in (3, 3, 5, 1):
+        own = clone_layout(windows), clone_layout(state)
+        with tile_of(32, stages, device):
+            results.append((run(layer, *own, ROWS, "triton"), *own))
+    for other in results[1:3]:
+        assert all(
+            torch.equal(bits(x.contiguous()), bits(y.contiguous())) for x, y in zip(results[0], other, strict=True)
+        )
+    assert torch.equal(bits(results[0][1].contiguous()), bits(results[3][1].contiguous()))
+    assert_error(results[3][2], results[0][2].cpu().double(), 1e-6, "states")
+
+
+def test_stages_are_of_tiles_of_a_head_alone(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """A head that is no larger than a tile is held whole, as without stages."""
+    launched: list[tuple[str, int]] = []
+
+    class Noted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *_, **options: launched.append((self.name, options.get("STAGES", 1)))
+
+    monkeypatch.setattr(triton_decode, "_gdn_decode_kernel", Noted("registers"))
+    monkeypatch.setattr(triton_decode, "gdn_decode_staged_kernel", Noted("stages"))
+    layer = make_layer(1, device)
+    for elements, stages in ((128, 3), (32, 1), (32, 3), (1, 5)):
+        with tile_of(elements, stages, device):
+            run(layer, layer.windows(4, 3, torch.float32, "contiguous"), layer.tokens.state(4), [(0, 1, 1)], "triton")
+    assert launched == [("registers", 1), ("registers", 1), ("stages", 3), ("stages", 5)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -250,8 +338,22 @@ def test_real_shapes(rows: int, heads: tuple[int, int], state_dtype: torch.dtype
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+@pytest.mark.parametrize("heads", [(16, 32), (8, 16), (4, 8)])
+def test_tiles_of_real_shapes(
+    heads: tuple[int, int], stages: int, state_dtype: torch.dtype, layout: str, device: str
+) -> None:
+    layer = make_layer(6, device, heads, (128, 128), torch.bfloat16)
+    with tile_of(1024, stages, device):
+        check(layer, ROWS, None, state_dtype=state_dtype, layout=layout, snapshots=[7, -1, 8, 9, 10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stages", [None, 3])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_a_thousand_times_the_same(state_dtype: torch.dtype, device: str) -> None:
+def test_a_thousand_times_the_same(state_dtype: torch.dtype, stages: int | None, device: str) -> None:
     """From the same states, with windows in vLLM's layout: what one program moved, no other may have read."""
     layer = make_layer(24, device, (16, 32), (128, 128), torch.bfloat16)
     windows, state = layer.windows(24, 3, torch.bfloat16, "transposed"), layer.tokens.state(24, state_dtype)
@@ -260,6 +362,7 @@ def test_a_thousand_times_the_same(state_dtype: torch.dtype, device: str) -> Non
     first: list[Tensor] = []
     for _ in range(1000):
         own = clone_layout(windows), clone_layout(state)
-        results = (run(layer, *own, [(t, t + 1, t) for t in range(24)], None), *own)
+        with nullcontext() if stages is None else tile_of(1024, stages, device):
+            results = (run(layer, *own, [(t, t + 1, t) for t in range(24)], None), *own)
         first = first or [result.clone() for result in results]
         assert all(torch.equal(one, other) for one, other in zip(first, results, strict=True))

@@ -111,7 +111,10 @@ class Effort:
 
 _MERGING = OwnPrefill(MERGING, 4, 168, 3)
 _CHUNKS = (OwnPrefill("doubling"), OwnPrefill("blocks"), _MERGING)
-_DECODE = (DecodeTile(None, 16), DecodeTile(2048, 2), DecodeTile(1024, 2), DecodeTile(2048, 4))
+_DECODE = (
+    DecodeTile(None, 16), DecodeTile(2048, 2), DecodeTile(1024, 2), DecodeTile(1024, 2, 3),
+    DecodeTile(2048, 4), DecodeTile(1024, 2, 5),
+)  # fmt: skip
 _VERIFY = (
     VerifyTile(128, 16), VerifyTile(128, 8), VerifyTile(128, 4, PROJECTED),
     VerifyTile(64, 8), VerifyTile(64, 4), VerifyTile(64, 4, PROJECTED),
@@ -125,7 +128,7 @@ _QUICK = Effort(
     slack=1.1,
     chunks=_CHUNKS,
     stages=(2, 3),
-    decode=_DECODE[:3],
+    decode=_DECODE[:4],
     verify=_VERIFY[:3],
 )
 _DEFAULT = replace(
@@ -146,9 +149,12 @@ _THOROUGH = replace(
     drafts=(2, 3, 4, 8),
     slack=2.0,
     chunks=(*_CHUNKS, OwnPrefill("blocks", 4, 168), OwnPrefill("blocks", 8), replace(_MERGING, chunk_registers=None)),
-    decode=(*_DECODE, DecodeTile(None, 8), DecodeTile(512, 1), DecodeTile(1024, 1), DecodeTile(4096, 4)),
+    decode=(
+        *_DECODE, DecodeTile(None, 8), DecodeTile(512, 1), DecodeTile(1024, 1), DecodeTile(4096, 4),
+        DecodeTile(2048, 4, 3),
+    ),
     verify=(*_VERIFY, VerifyTile(64, 16), VerifyTile(32, 4), VerifyTile(16, 2), VerifyTile(128, 8, PROJECTED)),
-)
+)  # fmt: skip
 EFFORTS = {"quick": _QUICK, "default": _DEFAULT, "thorough": _THOROUGH}
 _TILED = (9, 0)  # elsewhere the walk of the kernels over tiles has too little shared memory, or was never compiled
 

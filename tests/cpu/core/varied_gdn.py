@@ -31,9 +31,15 @@ def varied_table() -> GdnTable:
     ]
     prefill = [PrefillRule(PrefillWay("own", own), tokens, mean, "a test") for own, tokens, mean in ways]
     decode = [
-        DecodeRule(size, programs, DecodeTile(elements, warps), "a test")
+        DecodeRule(size, programs, DecodeTile(elements, warps, stages), "a test")
         for size in STATE_BYTES
-        for programs, elements, warps in ((0, None, 4), (20, 1024, 2), (100, 2048, 4), (3000, 512, 1))
+        for programs, elements, warps, stages in (
+            (0, None, 4, 1),
+            (20, 1024, 2, 1),
+            (40, 1024, 2, 3),
+            (100, 2048, 4, 1),
+            (3000, 512, 1, 5),
+        )
     ]
     verify = [
         VerifyRule(size, tokens, programs, VerifyTile(rows, warps, form), "a test")
