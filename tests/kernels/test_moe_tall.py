@@ -16,8 +16,10 @@ from .common import assert_close, assert_repeatable
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 HOPPER = Target("NVIDIA H200", (9, 0))
-# An activated value that is rounded to 16 bits first may get the code of FP8 beside the formula's.
+# An activated value that is rounded to 16 bits first may get the code of FP8 beside the formula's; and a sum on FP8
+# tensor cores, which keep about 14 bits of it.
 LIMITS = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+LIMITS_ON_GPUS = LIMITS | {torch.float32: 1e-2}
 
 EXPERTS, HIDDEN = 5, 256
 
@@ -76,6 +78,11 @@ def _formula(call: tuple[Tensor, ...]) -> Tensor:
     return out
 
 
+def _check(call: tuple[Tensor, ...], device: str) -> None:
+    limits = LIMITS_ON_GPUS if device == "cuda" else LIMITS
+    assert_close(fused_moe_tall(*call), _formula(call), limits[call[0].dtype])
+
+
 @pytest.mark.parametrize("routing", ["ragged", "some skipped", "one expert", "all skipped"])
 @pytest.mark.parametrize(
     ("tokens", "inner", "dtype"),
@@ -84,7 +91,7 @@ def _formula(call: tuple[Tensor, ...]) -> Tensor:
 def test_against_float64(tokens: int, inner: int, dtype: torch.dtype, routing: str, device: str) -> None:
     """Tiles of one row and of all, both halves of a tile and one, experts without a pair, pairs without an expert."""
     call = _case(tokens, inner, _routing(routing, tokens), dtype, device)
-    assert_close(fused_moe_tall(*call), _formula(call), LIMITS[dtype])
+    _check(call, device)
     assert_repeatable(lambda: fused_moe_tall(*call))
 
 
@@ -98,7 +105,7 @@ def test_parts_of_wider_tensors(device: str) -> None:
         return wide[..., : t.shape[-1]]
 
     call = (padded(x), padded(w13), padded(w2), router, ids, s13.mT.contiguous().mT, s2.mT.contiguous().mT)
-    assert_close(fused_moe_tall(*call), _formula(call), LIMITS[torch.float32])
+    _check(call, device)
 
 
 def test_the_bits_of_the_other_kernels(device: str) -> None:
@@ -143,10 +150,10 @@ def test_an_engines_product_comes_first(monkeypatch: pytest.MonkeyPatch) -> None
     assert _way(6143, w13, s13).tall and _way(6144, w13, s13).plan is plan and not _way(6144, w13, s13).tall
 
 
-def test_a_step_of_many_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_many_runs_them(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(tall_rule, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(tall_rule, "MIN_TOKENS", 70)
-    call = _case(70, 128, _routing("ragged", 70), torch.bfloat16, "cpu")
+    call = _case(70, 128, _routing("ragged", 70), torch.bfloat16, device)
     monkeypatch.setattr("qwen3next_plugin.kernels.moe.triton.experts.align", None)  # what the other products need
     got = moe.fused_moe(*call, quantize_activations=True, num_shared=1, backend="triton")
     assert torch.equal(got, fused_moe_tall(*call))
