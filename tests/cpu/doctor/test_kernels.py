@@ -48,7 +48,7 @@ def test_what_a_file_decides_of_gated_deltanet_is_told_with_its_reasons(tmp_path
     shown = run("--gpu", "h100")
     assert "tiles: sm90/gdn.json, in part predictions; `qwen3next tune gdn` measures" in shown
     assert "  float32 states, from 256 programs on: 2048 elements, 2 warps (measured on an H100" in shown
-    assert "  16-bit states, from 1024 programs on: 1024 elements, 2 warps, 3 stages (a prediction, not" in shown
+    assert "  16-bit states, from 1024 programs on: 1024 elements, 2 warps, 5 stages (a prediction, not" in shown
     assert (
         "  16-bit states, up to 4 tokens a row, from 0 programs on: all tokens at once, 128 rows, 4 warps (a pre"
         in shown
