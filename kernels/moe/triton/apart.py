@@ -65,6 +65,19 @@ def _apart_kernel(
             )  # fmt: skip
 
 
+def room_for(
+    num_tiles: int, block_m: int, x: torch.Tensor, rounds: bool
+) -> tuple[Tiles, torch.Tensor, torch.Tensor | None]:
+    """Tiles that are not set yet, and (rounds) as much room for codes and factors of x; else x itself, and None."""
+    pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=x.device)
+    tiles = Tiles(pairs, torch.empty(num_tiles, dtype=torch.int32, device=x.device), block_m)
+    if not rounds:
+        return tiles, x, None
+    require_fp8_units(x.device)
+    factors = torch.empty((x.shape[0], cdiv(x.shape[1], GROUP)), dtype=torch.float32, device=x.device)
+    return tiles, torch.empty(x.shape, dtype=FP8, device=x.device), factors
+
+
 def tiles_apart(
     topk_ids: torch.Tensor, num_experts: int, block_m: int, x: torch.Tensor, rounds: bool
 ) -> tuple[Tiles, torch.Tensor, torch.Tensor | None]:
@@ -75,17 +88,11 @@ def tiles_apart(
     """
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)
-    pairs = torch.empty(num_pairs * block_m, dtype=torch.int32, device=ids.device)
-    experts = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
-    codes, factors = x, None
-    if rounds:
-        require_fp8_units(x.device)
-        codes = torch.empty((tokens, hidden), dtype=FP8, device=x.device)
-        factors = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
+    tiles, codes, factors = room_for(num_pairs, block_m, x, rounds)
     _apart_kernel[(num_pairs + (tokens * groups if rounds else 0),)](
         ids,
-        pairs,
-        experts,
+        tiles.pairs,
+        tiles.experts,
         x,
         codes,
         x if factors is None else factors,
@@ -103,4 +110,4 @@ def tiles_apart(
         INTERPRETED=interpreting() and not x.is_cuda,
         num_warps=1,
     )
-    return Tiles(pairs, experts, block_m), codes, factors
+    return tiles, codes, factors

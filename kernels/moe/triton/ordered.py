@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from ...dispatch import interpreting
-from ...gemm.policy import require_fp8_units
-from ...gemm.reference import FP8, FP8_MAX, GROUP
+from ...gemm.reference import FP8_MAX, GROUP
 from ...gemm.triton import round_tokens
 from ...integers import cdiv
 from ..ways import scan_of
 from .align import Tiles
+from .apart import room_for
 
 _ROWS = 8  # of a group of columns that one program rounds
 
@@ -94,17 +94,11 @@ def tiles_in_order(
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)
     num_tiles = num_experts + num_pairs // block_m
-    pairs = torch.empty(num_tiles * block_m, dtype=torch.int32, device=ids.device)
-    experts = torch.empty(num_tiles, dtype=torch.int32, device=ids.device)
-    codes, factors = x, None
-    if rounds:
-        require_fp8_units(x.device)
-        codes = torch.empty((tokens, hidden), dtype=FP8, device=x.device)
-        factors = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
+    tiles, codes, factors = room_for(num_tiles, block_m, x, rounds)
     _ordered_kernel[(num_experts + (cdiv(tokens, _ROWS) * groups if rounds else 0),)](
         ids,
-        pairs,
-        experts,
+        tiles.pairs,
+        tiles.experts,
         x,
         codes,
         x if factors is None else factors,
@@ -124,4 +118,4 @@ def tiles_in_order(
         INTERPRETED=interpreting() and not x.is_cuda,
         num_warps=4,
     )
-    return Tiles(pairs, experts, block_m), codes, factors
+    return tiles, codes, factors
