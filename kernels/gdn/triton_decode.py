@@ -217,9 +217,10 @@ def gdn_decode_fused(
     # which a whole state would leave no registers, or, in stages, for several through shared memory.
     tile = decode_tile(table_of(ssm_state.device), ssm_state.element_size(), programs)
     num_warps = max(1, min(tile.num_warps, block_k * block_v // ELEMENTS_A_WARP))
-    tiled = tile.elements is not None and block_k * block_v > tile.elements
-    if tile.elements is not None and tiled:
-        block_v, num_warps = max(1, tile.elements // block_k), tile.num_warps
+    elements = tile.elements or block_k * block_v
+    tiled = block_k * block_v > elements
+    if tiled:
+        block_v, num_warps = max(1, elements // block_k), tile.num_warps
     tiles, group = cdiv(value_dim, block_v), v_heads // num_k_heads
     inputs = (mixed_qkv, z, a, b, conv_weight, A_log.contiguous(), dt_bias.contiguous(), norm_weight.contiguous())
     numbers = (

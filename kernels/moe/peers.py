@@ -73,14 +73,20 @@ def rows_for(tokens: int, choices: int, experts: int, alignment: int) -> int:
     return (pairs // alignment + min(experts, pairs)) * alignment
 
 
+def has_whole_blocks(w13: Tensor, w13_scale: Tensor | None) -> bool:
+    """Whether these are FP8 weights in blocks of 128x128, none of which is cut off at an edge."""
+    if w13_scale is None or w13.dtype is not FP8:
+        return False
+    experts, double_inner, hidden = w13.shape
+    return w13_scale.shape == (experts, double_inner // GROUP, hidden // GROUP)
+
+
 def plan_for(tokens: int, choices: int, w13: Tensor, w13_scale: Tensor | None) -> Plan | None:
     """Who runs the experts of so many tokens with such weights; None for our own kernels."""
-    if not OFFERS.tried or w13_scale is None or w13.dtype is not FP8:
+    if not OFFERS.tried or not has_whole_blocks(w13, w13_scale):
         return None
     experts, double_inner, hidden = w13.shape
     shape = ExpertShape(experts, hidden, double_inner // 2)
-    if w13_scale.shape != (experts, double_inner // GROUP, hidden // GROUP):
-        return None
     for rule in _rules(w13.device):
         if tokens >= rule.min_tokens and (rule.peer, shape) in OFFERS.tried:
             return Plan(rule.peer, rule.alignment, rows_for(tokens, choices, experts, rule.alignment))

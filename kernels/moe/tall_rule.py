@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import Choice
-from ..gemm.reference import FP8, GROUP
+from ..gemm.reference import GROUP
 from ..gpus import Target
 from ..offers import capability_of
 from .config import MoeConfig, Tile
+from .peers import has_whole_blocks
 
 CAPABILITY = (9, 0)  # whose times are known; its shared memory holds the stages
 MIN_TOKENS = 2048  # of 513 experts: 40 rows an expert; with 512 tokens, 16 rows a tile are as quick by either kernel
@@ -22,16 +23,7 @@ TILES = MoeConfig(64, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3))
 
 def runs_tall(tokens: int, w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
     """Whether so many tokens, rounded to FP8, meet experts of such weights in tall tiles."""
-    if tokens < MIN_TOKENS or w13.dtype is not FP8 or w13_scale is None or capability_of(w13.device) != CAPABILITY:
-        return False
-    experts, double_inner, hidden = w13.shape
-    blocks = (experts, double_inner // GROUP, hidden // GROUP)
-    return in_whole_blocks(hidden, double_inner // 2) and w13_scale.shape == blocks
-
-
-def in_whole_blocks(hidden: int, inner: int) -> bool:
-    """Whether matrices of an expert of these widths are made of whole blocks."""
-    return hidden % GROUP == 0 and inner % GROUP == 0
+    return tokens >= MIN_TOKENS and capability_of(w13.device) == CAPABILITY and has_whole_blocks(w13, w13_scale)
 
 
 def tall_choices(target: Target) -> list[Choice]:

@@ -1,6 +1,5 @@
 """Which way so many tokens go through the experts: decided here once, for a step and for what is compiled before it."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +8,7 @@ from ..dispatch import Choice, interpreting
 from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, has_row_factors
 from ..gpus import Target
+from ..offers import capability_of
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
 from .tall_rule import TILES, runs_tall, tall_choices
@@ -52,16 +52,9 @@ def in_blocks(w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
     return w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
 
 
-@functools.lru_cache
-def _launches_early(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= EARLY_CAPABILITY
-
-
 def begins_early(device: torch.device) -> bool:
     """Whether a launch can begin on `device` while the one before it still runs."""
-    return _launches_early(device) and not interpreting()
+    return capability_of(device) >= EARLY_CAPABILITY and torch.version.hip is None and not interpreting()
 
 
 def scan_of(num_pairs: int) -> int:

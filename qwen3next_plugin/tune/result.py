@@ -10,9 +10,9 @@ from rich.table import Table
 from qwen3next_plugin.activation import DISTRIBUTION, plugin_version
 from qwen3next_plugin.kernels.gpus import Gpu
 from qwen3next_plugin.kernels.moe.config import FORMAT, MoeConfig, Tile, config_object
-from qwen3next_plugin.kernels.moe.tall_rule import CAPABILITY, MIN_TOKENS, in_whole_blocks
+from qwen3next_plugin.kernels.moe.tall_rule import CAPABILITY, MIN_TOKENS
 
-from .problem import TOKENS, Problem
+from .problem import SCALE_BLOCK, TOKENS, Problem
 from .search import Winner
 from .space import by_model
 from .texts import cells_of, line_of, table_for
@@ -55,7 +55,8 @@ def measured_file(
 
 def _not_met(gpu: Gpu, problem: Problem, winners: Sequence[Winner]) -> str:
     """A clause on entries whose own numbers of tokens run in other tiles than any file's, if there are some."""
-    tall = problem.mode == "fp8" and gpu.capability == CAPABILITY and in_whole_blocks(problem.hidden, problem.inner)
+    whole_blocks = problem.hidden % SCALE_BLOCK == 0 and problem.inner % SCALE_BLOCK == 0
+    tall = problem.mode == "fp8" and gpu.capability == CAPABILITY and whole_blocks
     if not tall or all(winner.tokens < MIN_TOKENS for winner in winners):
         return ""
     return (

@@ -15,7 +15,7 @@ from qwen3next_plugin.kernels.gpus import Target
 from tests.helpers import nan_like
 
 from .common import DTYPES, assert_close, assert_repeatable, tolerance
-from .test_moe_fused import problem, random_ids
+from .moe_case import problem, random_ids
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "as_bytes")
 FINITE = [code for code in range(256) if code & 0x7F != 0x7F]

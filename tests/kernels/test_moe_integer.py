@@ -10,7 +10,7 @@ from qwen3next_plugin.kernels.moe import config, ways
 
 from .common import BACKENDS, DTYPES, assert_close, assert_compiles, assert_repeatable, to64, tolerance
 from .integer_case import FORMATS, Experts, experts_case, limit
-from .test_moe_fused import random_ids
+from .moe_case import random_ids
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

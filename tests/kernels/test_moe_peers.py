@@ -13,8 +13,8 @@ from qwen3next_plugin.kernels.moe import config, peer_table, peer_trial, peers, 
 from qwen3next_plugin.kernels.moe.peers import ExpertShape, Peer, rows_for
 
 from .common import assert_close, assert_repeatable
+from .moe_case import Problem, problem, random_ids
 from .moe_peer_case import DEVICE, SHAPE, FakeDeepGemm, empty_registry, rule
-from .test_moe_fused import Problem, problem, random_ids
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
