@@ -8,7 +8,7 @@ each time, until several times the L2 cache has been read before anything comes 
 import hashlib
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,7 @@ from qwen3next_plugin.kernels.moe import reference
 from qwen3next_plugin.kernels.moe.config import MoeConfig, forced
 from qwen3next_plugin.kernels.moe.ways import rounds
 
-from .measuring import GpuLostError, TrialError
+from .measuring import GpuLostError, TrialError, in_short
 from .problem import Problem
 
 _LAYERS = 4  # at most; fewer where memory is short
@@ -129,10 +129,10 @@ class CudaMachine:
         """Inputs for so many tokens: enough calls that nothing is still in the L2 cache when it is asked for again."""
         if tokens == self.tokens:
             return
+        self.tokens, self.calls = 0, []  # what fails here leaves no half of it behind
         p = self.problem
         read = p.touched(tokens) * 3 * p.hidden * p.inner * p.weight_bytes
         count = max(len(self.layers), min(_CALLS, math.ceil(_L2_TIMES * self.gpu.l2 / read)))
-        self.calls = []
         for n in range(count):
             x = torch.randn(tokens, p.hidden, device=self.device, generator=self.generator).to(torch.bfloat16)
             logits = torch.randn(tokens, p.total_experts, device=self.device, generator=self.generator)
@@ -144,6 +144,16 @@ class CudaMachine:
     def _all_calls(self) -> None:
         for call in self.calls:
             moe.fused_moe(*call)
+
+    def once(self, tokens: int, config: MoeConfig) -> Callable[[], object]:
+        """The first call."""
+        self._prepare(tokens)
+
+        def call() -> torch.Tensor:
+            with forced(config):
+                return moe.fused_moe(*self.calls[0])
+
+        return call
 
     def seconds(self, tokens: int, config: MoeConfig) -> float:
         """The shortest mean over a graph's calls among some repeats: what disturbs a GPU only ever adds time."""
@@ -190,7 +200,7 @@ class CudaMachine:
 
 def refused(error: Exception, device: torch.device) -> TrialError | GpuLostError:
     """What a failed run means: the GPU still answers, or it does not."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    said = in_short(error)
     try:
         torch.zeros(1, device=device).item()  # waits for the GPU
     except Exception:

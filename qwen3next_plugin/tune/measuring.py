@@ -22,8 +22,16 @@ class GpuLostError(Exception):
     """The GPU failed while it ran a config, and runs nothing more in this process."""
 
 
+def in_short(error: Exception) -> str:
+    """For a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 class Machine(Protocol[PlaceT, ConfigT]):
-    """Runs configs. Both methods may raise TrialError and GpuLostError."""
+    """Runs configs. `seconds` and `error` may raise TrialError and GpuLostError, `once` anything."""
+
+    def once(self, place: PlaceT, config: ConfigT, /) -> Callable[[], object]:
+        """One call with inputs that `seconds` times; not run it compiles what `seconds` launches, see `ahead`."""
 
     def seconds(self, place: PlaceT, config: ConfigT, /) -> float:
         """The time of one call there, its inputs coming from memory."""

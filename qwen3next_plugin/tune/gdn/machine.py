@@ -107,6 +107,16 @@ class CudaGdnMachine:
         self.shape, self.work, self.calls = shape, work, [partial(call, one) for one in copies]
         return work
 
+    def once(self, shape: Shape, candidate: Candidate) -> Callable[[], object]:
+        """The first copy's call."""
+        self._prepare(shape)
+
+        def call() -> Tensor:
+            with torch.no_grad(), config.forced(config.only(self.table, candidate)):
+                return self.calls[0]()
+
+        return call
+
     def seconds(self, shape: Shape, candidate: Candidate) -> float:
         """The shortest mean over all copies among some repeats: what disturbs a GPU only ever adds time."""
         if isinstance(candidate, PrefillWay) and candidate.runs not in (OWN, *self.peers):

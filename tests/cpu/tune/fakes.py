@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,7 @@ class FakeMachine:
     """Times by the model, each off by up to `noise` of it, the same whenever it is asked; every answer is counted.
 
     Dies after `lives` answers. Configs for which `wrong` is true give wrong output, those for which `refuses` gives an
-    exception do not run.
+    exception do not run. ``called``: what is compiled ahead, where that is done at all.
     """
 
     def __init__(
@@ -44,6 +45,10 @@ class FakeMachine:
         self.problem, self.gpu, self.noise, self.lives = problem, gpu, noise, lives
         self.wrong, self.refuses = wrong, refuses
         self.answered: list[tuple[str, int, MoeConfig]] = []
+        self.called: list[tuple[int, MoeConfig]] = []
+
+    def once(self, tokens: int, config: MoeConfig) -> Callable[[], object]:
+        return partial(self.called.append, (tokens, config))
 
     def _answer(self, what: str, tokens: int, config: MoeConfig) -> None:
         if len(self.answered) >= self.lives:

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -50,6 +51,7 @@ class FakeGdnMachine:
     """Times by ``times``, each off by up to ``noise`` of it, the same whenever it is asked; every answer is counted.
 
     Dies after ``lives`` answers. What is ``wrong`` gives wrong output, what ``refuses`` an exception does not run.
+    ``called``: what is compiled ahead, where that is done at all.
     """
 
     def __init__(
@@ -65,6 +67,10 @@ class FakeGdnMachine:
         self.missing = {name: "not in this engine" for name in ("fla", "flashinfer") if name not in peers}
         self.wrong, self.refuses = wrong, refuses
         self.answered: list[tuple[str, Shape, Candidate]] = []
+        self.called: list[tuple[Shape, Candidate]] = []
+
+    def once(self, shape: Shape, candidate: Candidate) -> Callable[[], object]:
+        return partial(self.called.append, (shape, candidate))
 
     def _answer(self, what: str, shape: Shape, candidate: Candidate) -> None:
         if len(self.answered) >= self.lives:
