@@ -51,6 +51,21 @@ class Search:
         """Measurements for so many tokens, at most."""
         return 1 + sum(found.count for found in candidates(self.gpu, self.problem, tokens, self.effort))
 
+    def unmeasured(self, tokens: int) -> list[MoeConfig]:
+        """Configs that launch the kernels of what is going to be measured for so many tokens.
+
+        A product's kernel does not depend on the other's tile: until the best gate-up tile is known, down tiles come
+        with one that is still to be measured. Of a tuning taken up in between a kernel or two may be missing or not
+        be needed, as that best tile decides.
+        """
+        known = {config: seconds for (count, config), seconds in self.state.seconds.items() if count == tokens}
+        configs = [self.state.before.get(tokens) or self.before(tokens)]
+        for found in candidates(self.gpu, self.problem, tokens, self.effort):
+            gate_up = _gate_up_first(found)
+            beside = min(gate_up, key=lambda config: known.get(config, -1.0))
+            configs += [*gate_up, *_down_next(found, beside)]
+        return [config for config in dict.fromkeys(configs) if config not in known]
+
     def run(self, tokens: int, allowed_error: float, tick: Callable[[float], None] = lambda seconds: None) -> Winner:
         """The fastest config whose output is right; ``tick`` is told of each time, 0 for one that was known.
 
@@ -80,8 +95,14 @@ class Search:
 
 
 def _try_tiles(measuring: Measuring[int, MoeConfig], tokens: int, found: Candidates) -> None:
-    first_down = found.down[0]
-    configs = [MoeConfig(found.block_m, tile, first_down) for tile in found.gate_up]
-    best = min(configs, key=lambda config: measuring.seconds(tokens, config))
-    for tile in found.down[1:]:
-        measuring.seconds(tokens, MoeConfig(found.block_m, best.gate_up, tile))
+    best = min(_gate_up_first(found), key=lambda config: measuring.seconds(tokens, config))
+    for config in _down_next(found, best):
+        measuring.seconds(tokens, config)
+
+
+def _gate_up_first(found: Candidates) -> list[MoeConfig]:
+    return [MoeConfig(found.block_m, tile, found.down[0]) for tile in found.gate_up]
+
+
+def _down_next(found: Candidates, best: MoeConfig) -> list[MoeConfig]:
+    return [MoeConfig(found.block_m, best.gate_up, tile) for tile in found.down[1:]]

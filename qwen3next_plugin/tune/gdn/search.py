@@ -79,25 +79,47 @@ class Search:
         group = prefills(effort)
         own = len(effort.chunks) + len(effort.stages) - 1
         yield Planned(group, len(group.shapes) * (own + len(self.peers) + 1), partial(self._prefill, group))
+        for group, tiles in self._tiled():
+            yield Planned(group, len(group.shapes) * (len(tiles) + 1), partial(self._tiles, group, tiles))
+
+    def _tiled(self) -> Iterator[tuple[Group, Sequence[Candidate]]]:
+        effort = self.effort
         for state_bytes in STATE_BYTES:
-            group = decodes(effort, state_bytes)
-            yield Planned(
-                group, len(group.shapes) * (len(effort.decode) + 1), partial(self._tiles, group, effort.decode)
-            )
+            yield decodes(effort, state_bytes), effort.decode
         for tokens in effort.drafts:
             for state_bytes in STATE_BYTES:
-                group = verifications(effort, tokens, state_bytes)
-                yield Planned(
-                    group, len(group.shapes) * (len(effort.verify) + 1), partial(self._tiles, group, effort.verify)
-                )
+                yield verifications(effort, tokens, state_bytes), effort.verify
+
+    def unmeasured(self) -> list[tuple[Shape, Candidate]]:
+        """What the scouts are going to meet of ours. Stages come with every first kernel until the best is known."""
+        prompts, known = prefills(self.effort), self.measuring.state.seconds
+        chunks = bases = self._chunks()
+        if all((shape, way) in known for shape in prompts.scouts for way in chunks):
+            bases = [self._best_chunk(prompts)]
+        ways: list[Candidate] = [*chunks, *(way for base in bases for way in self._staged(base))]
+        met = (
+            (shape, candidate)
+            for group, candidates in ((prompts, ways), *self._tiled())
+            for shape in group.scouts
+            for candidate in (*candidates, self._ran_before(shape))
+        )
+        return [pair for pair in dict.fromkeys(met) if pair not in known and _is_own(pair[1])]
+
+    def _chunks(self) -> list[PrefillWay]:
+        return [PrefillWay(OWN, own) for own in self.effort.chunks]
+
+    def _best_chunk(self, group: Group) -> PrefillWay:
+        return min(self._chunks(), key=lambda way: self._together(group.scouts, way))
+
+    def _staged(self, way: PrefillWay) -> list[PrefillWay]:
+        own = way.own or OwnPrefill()
+        return [PrefillWay(OWN, replace(own, walk_stages=stages)) for stages in self.effort.stages]
 
     def _prefill(self, group: Group) -> Part:
         """Our own variants and the peers. The kernels' times add up: stages are tried with the best first kernel."""
-        chunks = [PrefillWay(OWN, own) for own in self.effort.chunks]
-        known: list[Candidate] = [*chunks, *(PrefillWay(peer) for peer in self.peers)]
+        known: list[Candidate] = [*self._chunks(), *(PrefillWay(peer) for peer in self.peers)]
         self._scouts(group, known)
-        best = min(chunks, key=lambda way: self._together(group.scouts, way)).own or OwnPrefill()
-        known += [PrefillWay(OWN, replace(best, walk_stages=stages)) for stages in self.effort.stages]
+        known += self._staged(self._best_chunk(group))
         times = self._times(group, known)
         part = self._part(times, [way for way in times.default_first() if _is_own(way)])
         named = {step.candidate for step in part.steps if not _is_own(step.candidate)}
@@ -128,8 +150,12 @@ class Search:
 
     def _with_before(self, shape: Shape, candidates: Sequence[Candidate]) -> list[Candidate]:
         if shape not in self.measuring.state.before:
-            self.measuring.state.add("before", shape, chosen_by(self.before, shape, self.heads, self.peers))
+            self.measuring.state.add("before", shape, self._ran_before(shape))
         return list(dict.fromkeys((*candidates, self.measuring.state.before[shape])))
+
+    def _ran_before(self, shape: Shape) -> Candidate:
+        known = self.measuring.state.before.get(shape)
+        return chosen_by(self.before, shape, self.heads, self.peers) if known is None else known
 
     def _times(self, group: Group, candidates: Sequence[Candidate]) -> Times:
         self._scouts(group, candidates)
