@@ -12,6 +12,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.kernels.gpus import Gpu, gpu_slug
 from qwen3next_plugin.kernels.moe.config import CONFIGS, MoeConfig, default_config, nearest, read_file
 
+from .ahead import compile_ahead
 from .files import as_text, check_writable, write_atomically
 from .measuring import Machine
 from .plot import plot_winners
@@ -69,6 +70,8 @@ def tune(
     state = State(state_path, identity, about.machine, FORM)
     before = runs_now(gpu, problem)
     search = Search(gpu, problem, EFFORTS[effort], before, machine(), state)
+    ahead = [(count, config) for count in tokens for config in search.unmeasured(count)]
+    compile_ahead(search.machine.once, ahead, console)
     progress = Progressing(console, sum(search.planned(count) for count in tokens))
     winners: list[Winner] = []
     with progress.bar:

@@ -55,6 +55,11 @@ class Progressing:
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task = self.bar.add_task("", total=total, left="")
 
+    def expect(self, description: str, total: int) -> None:
+        """What is being done, and how much of it there is as far as is known by now."""
+        self.total = total
+        self.bar.update(self.task, description=description, total=total)
+
     def tick(self, seconds: float) -> None:
         """One measurement less to make; 0 seconds for one that was known."""
         self.done += 1

@@ -13,6 +13,7 @@ from rich.console import Console
 from qwen3next_plugin.kernels.gdn.config import FILE, shipped
 from qwen3next_plugin.kernels.gpus import Gpu, Target
 
+from ..ahead import compile_ahead
 from ..files import as_text, check_writable, write_atomically
 from ..measuring import Machine, Measuring
 from ..session import About, Place, Progressing
@@ -57,7 +58,9 @@ def tune_gdn(
         say(f"{name} is left out: {why}.")
     table = shipped(Target(gpu.name, gpu.capability))
     measuring = Measuring(at_hand, state)
-    planned = list(Search(heads, effort_for(effort, gpu.capability), table, at_hand.peers, measuring).parts())
+    search = Search(heads, effort_for(effort, gpu.capability), table, at_hand.peers, measuring)
+    compile_ahead(at_hand.once, search.unmeasured(), console)
+    planned = list(search.parts())
     progress = Progressing(console, sum(one.count for one in planned))
     measuring.tick = progress.tick
     parts: list[Part] = []
