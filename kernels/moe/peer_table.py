@@ -10,7 +10,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Rule:
     """``peer`` takes steps of at least ``min_tokens`` tokens on GPUs of this capability, with each expert's rows padded
-    to a multiple of ``alignment``, which is its tiles' height.
+    to a multiple of ``alignment``, which is its tiles' height, where an expert has at least ``min_inner`` columns.
     """
 
     capability: tuple[int, int]
@@ -18,6 +18,7 @@ class Rule:
     min_tokens: int
     alignment: int
     why: str
+    min_inner: int = 0
 
 
 RULES = (
@@ -26,9 +27,10 @@ RULES = (
         "deepgemm",
         7168,
         128,
-        "measured on an H200 for 513 experts of the published size: 1.23 ms at 8,192 tokens (benchmarks/results/h200/"
-        "moe.json) and 0.69 at 2,048, of which its copies and counts have saved 0.04 since. Our tall tiles take 1.22, "
-        "0.96 at 6,144 and 0.54 at 2,048 (experts-as-adopted.json): that both cross near 7,000 is a prediction",
+        "measured on an H200 beside our tall tiles (benchmarks/results/h200/moe-beside-sglang.json): 1.20 against "
+        "1.24 ms for 513 experts of 512 columns at 8,192 tokens, 0.66 against 0.54 at 2,048, so that both cross near "
+        "7,000 is a prediction; 0.83 against 0.81 and 0.63 against 0.59 at 8,192 with 256 and 128 columns",
+        min_inner=512,
     ),
 )
 

@@ -87,7 +87,7 @@ def plan_for(tokens: int, choices: int, w13: Tensor, w13_scale: Tensor | None) -
         return None
     experts, double_inner, hidden = w13.shape
     shape = ExpertShape(experts, hidden, double_inner // 2)
-    for rule in _rules(w13.device):
+    for rule in _rules(w13.device, shape.inner):
         if tokens >= rule.min_tokens and (rule.peer, shape) in OFFERS.tried:
             return Plan(rule.peer, rule.alignment, rows_for(tokens, choices, experts, rule.alignment))
     return None
@@ -101,7 +101,7 @@ def try_offers(shape: ExpertShape, device: torch.device) -> None:
     """
     from .peer_trial import trial
 
-    rules = _rules(device)
+    rules = _rules(device, shape.inner)
     for peer in OFFERS.candidates(rules):
         alignments = sorted({rule.alignment for rule in rules if rule.peer == peer.name})
         if not alignments:
@@ -123,17 +123,21 @@ def peer_choices(target: Target) -> list[Choice]:
 
 
 def _range_of(name: str) -> str:
-    least = [rule.min_tokens for rule in _wanted_rules() if rule.peer == name]
-    return f"from {least[0]} tokens, FP8 blocks" if least else "nowhere"
+    rule = next((rule for rule in _wanted_rules() if rule.peer == name), None)
+    if rule is None:
+        return "nowhere"
+    columns = f" of {rule.min_inner} columns and more an expert" if rule.min_inner else ""
+    return f"from {rule.min_tokens} tokens, FP8 blocks{columns}"
 
 
-def _rules(device: torch.device) -> list[peer_table.Rule]:
+def _rules(device: torch.device, inner: int) -> list[peer_table.Rule]:
     capability = capability_of(device)
-    return [rule for rule in _wanted_rules() if rule.capability == capability]
+    return [rule for rule in _wanted_rules() if rule.capability == capability and inner >= rule.min_inner]
 
 
 def _wanted_rules() -> Sequence[peer_table.Rule]:
     """The table, or what a user made of it."""
     if OFFERS.wanted == AUTO:
         return peer_table.RULES
-    return [replace(rule, min_tokens=peer_table.MIN_TOKENS) for rule in peer_table.RULES if rule.peer == OFFERS.wanted]
+    wanted = (rule for rule in peer_table.RULES if rule.peer == OFFERS.wanted)
+    return [replace(rule, min_tokens=peer_table.MIN_TOKENS, min_inner=0) for rule in wanted]

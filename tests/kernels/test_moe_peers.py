@@ -1,6 +1,7 @@
 """The experts by an engine's grouped product: a stand-in with its calling convention serves like our own, or not."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,21 @@ def test_tiles_of_every_height_in_the_table_are_tried(monkeypatch: pytest.Monkey
     assert peers.OFFERS.missing == {"deepgemm": "RuntimeError: too high"} and plan(20) is None
 
 
+def test_narrow_experts_stay_with_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = replace(rule(20), min_inner=2 * INNER)
+    monkeypatch.setattr(peer_table, "RULES", (wide,))
+    offer()
+    assert plan(5000) is None and not peers.OFFERS.shapes_of("deepgemm"), "what is never chosen is not tried"
+    assert not peers.OFFERS.missing
+    assert peers.peer_choices(NO_GPU) == []
+    peers.OFFERS.prefer("deepgemm")
+    peers.try_offers(SHAPE, DEVICE)
+    assert plan(5000) is not None, "a user who names it gets it"
+    monkeypatch.setattr(peer_table, "RULES", (replace(wide, min_inner=INNER),))
+    peers.OFFERS.prefer("auto")
+    assert plan(5000) is not None
+
+
 def test_a_wish_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     peers.OFFERS.prefer("deepgemm")
     with pytest.raises(ValueError, match="experts of prefills by 'deepgemm' was asked for.*no engine offers it; ask"):
@@ -210,6 +226,8 @@ def test_what_is_chosen_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_table, "RULES", (peer_table.Rule((9, 0), "deepgemm", 2048, 128, ""), rule(20)))
     hoped = "where the engine has it and its trial at start succeeds"
     assert said(HOPPER) == [f"deepgemm from 2048 tokens, FP8 blocks: {hoped}"]
+    monkeypatch.setattr(peer_table, "RULES", (peer_table.Rule((9, 0), "deepgemm", 7168, 128, "", 512),))
+    assert said(HOPPER) == [f"deepgemm from 7168 tokens, FP8 blocks of 512 columns and more an expert: {hoped}"]
     assert said(Target("NVIDIA L40S", (8, 9))) == []
     monkeypatch.setattr(peer_table, "RULES", (rule(20),))
     offer()

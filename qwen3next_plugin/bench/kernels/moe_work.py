@@ -6,6 +6,7 @@ tiles of either height, and where the plugin would choose it, the plugin's own k
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -139,7 +140,9 @@ def _offer(engine: Engine, case: Case, one: MoeInputs) -> None:
         adapter = f"qwen3next_plugin.{engine}_integration.moe_peers"
         if NAME not in OFFERS.found:
             OFFERS.look_for(NAME, named(f"{adapter}:load_deepgemm"), f"not in this {engine}")
-        try_offers(shape, one.x.device)
+        # By name, so that it is compared where the table does not choose it, too. What is missing is among the facts.
+        with OFFERS.preferring(NAME), suppress(ValueError):
+            try_offers(shape, one.x.device)
 
 
 def _shape(one: MoeInputs) -> ExpertShape:

@@ -21,26 +21,30 @@ def family_and_size(case: str) -> tuple[str, int]:
 
 
 def plot_shares(pyplot: Any, result: dict[str, Any], target: Path) -> Path:
-    """One panel a family of cases: this project's line, and the fastest engine's by the same bytes and products."""
+    """One panel a family of cases, by the same bytes and products: what the model runs in the slower engine, this
+    project's own kernels where that is something else, and the fastest engine's.
+    """
     families: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for row in result["rows"]:
         if row.get("share_of_ceiling") is not None:
             family, size = family_and_size(row["case"])
             families.setdefault(family, []).append((size, row))
     columns = min(4, max(1, len(families)))
-    lines = -(-max(1, len(families)) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
+    rows = -(-max(1, len(families)) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
     for axis, (family, points) in zip(axes.flat, families.items(), strict=False):
         points.sort(key=lambda point: point[0])
-        axis.plot(
-            [size for size, _ in points], [row["share_of_ceiling"] for _, row in points], "o-", label="this project"
-        )
+        own = [(size, row["share_of_ceiling"]) for size, row in points if row["share_of"].startswith("own")]
+        served = [(size, _served_share(row)) for size, row in points]
         stock = [(size, _stock_share(row, result)) for size, row in points]
-        known = [(size, share) for size, share in stock if share is not None]
-        if known:
-            axis.plot(*zip(*known, strict=True), "s--", label="stock")
+        if all(row["plugin"] and row["own"] == row["plugin"] for _, row in points):
+            own = []
+        for label, line, style in (("plugin", served, "C0o-"), ("own kernels", own, "C2^:"), ("stock", stock, "C1s--")):
+            known = [(size, share) for size, share in line if share is not None]
+            if known:
+                axis.plot(*zip(*known, strict=True), style, label=label)
         axis.set_xscale("log", base=2)
         axis.set_ylim(0.0, 1.05)
         axis.set_title(family, fontsize="small")
@@ -51,6 +55,13 @@ def plot_shares(pyplot: Any, result: dict[str, Any], target: Path) -> Path:
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
     return target
+
+
+def _served_share(row: dict[str, Any]) -> float | None:
+    """Of what the model runs; the row's own share may be of kernels that an engine does not let it run."""
+    if row["plugin"] is None:
+        return None
+    return float(row["share_of_ceiling"] * median(row["repeats"][row["share_of"]]) / row["plugin"])
 
 
 def _stock_share(row: dict[str, Any], result: dict[str, Any]) -> float | None:
