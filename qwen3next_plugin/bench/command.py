@@ -96,6 +96,7 @@ def git_commit() -> str | None:
 
 bench_app.command("kernels")(parts.kernels)
 bench_app.command("moe")(parts.moe)
+bench_app.command("both")(parts.both)
 bench_app.command("merge")(parts.merge_states)
 
 

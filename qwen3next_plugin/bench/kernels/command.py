@@ -15,8 +15,15 @@ _PEERS = typer.Option(help="vllm or sglang: the engine that this Python has.")
 _ROWS = typer.Option(help="Names or patterns with commas between, or all.")
 _MINUTES = typer.Option(help="Begin no row later than this.")
 _OUT = typer.Option(help="Where <gpu>/<kind>.json and its state files go.")
+_VLLM_PYTHON = typer.Option(help="The Python that has vLLM.")
+_VLLM_ENV = typer.Option(help="A shell file to source before vLLM, e.g. one that sets PYTHONPATH.")
+_SGLANG_PYTHON = typer.Option(help="The Python that has SGLang.")
+_SGLANG_ENV = typer.Option(help="A shell file to source before SGLang.")
 _COMMIT = typer.Option(help="Git commit, where there is no repository to ask.")
-_AGAIN = 3  # exit code: the GPU was lost, run the same command again
+_REHEARSE = typer.Option(
+    "--rehearse", help="Run every row once and keep nothing: fills compilers' caches, beside other such runs."
+)
+GPU_LOST = 3  # exit code: run the same command again
 
 
 def kernels(
@@ -25,9 +32,10 @@ def kernels(
     minutes: Annotated[float | None, _MINUTES] = None,
     out: Annotated[Path, _OUT] = Path("benchmarks/results"),
     commit: Annotated[str | None, _COMMIT] = None,
+    rehearse: Annotated[bool, _REHEARSE] = False,
 ) -> None:
     """Measure the layers' operations beside one engine's own; run it once an engine, on one machine."""
-    _run("kernels", peers, rows, minutes, out, commit)
+    _run("kernels", peers, rows, minutes, out, commit, rehearse)
 
 
 def moe(
@@ -36,9 +44,34 @@ def moe(
     minutes: Annotated[float | None, _MINUTES] = None,
     out: Annotated[Path, _OUT] = Path("benchmarks/results"),
     commit: Annotated[str | None, _COMMIT] = None,
+    rehearse: Annotated[bool, _REHEARSE] = False,
 ) -> None:
     """Measure the mixture of experts beside one engine's own; run it once an engine, on one machine."""
-    _run("moe", peers, rows, minutes, out, commit)
+    _run("moe", peers, rows, minutes, out, commit, rehearse)
+
+
+def both(
+    rows: Annotated[
+        str, typer.Option(help="Names or patterns of kernels and moe with commas between, or all.")
+    ] = "all",
+    minutes: Annotated[float | None, _MINUTES] = None,
+    out: Annotated[Path, _OUT] = Path("benchmarks/results"),
+    jobs: Annotated[
+        int | None, typer.Option(min=0, help="Rehearsals side by side; default: one a core, 16 at most.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Logs.")] = Path("build/bench"),
+    vllm_python: Annotated[str, _VLLM_PYTHON] = sys.executable,
+    vllm_env: Annotated[Path | None, _VLLM_ENV] = None,
+    sglang_python: Annotated[str, _SGLANG_PYTHON] = sys.executable,
+    sglang_env: Annotated[Path | None, _SGLANG_ENV] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Measure single operations beside both engines: all rows rehearsed side by side, then each engine's run alone."""
+    from ..engines import EngineSetup
+    from .both import Request, run_both
+
+    setups = {"vllm": EngineSetup(vllm_python, vllm_env), "sglang": EngineSetup(sglang_python, sglang_env)}
+    run_both(Request(rows, setups, out, work, minutes, jobs, commit))
 
 
 def merge_states(
@@ -53,12 +86,17 @@ def merge_states(
     print(out)
 
 
-def _run(kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None) -> None:
+def _run(
+    kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None, rehearse: bool
+) -> None:
     from .measure import GpuLostError
-    from .session import run_parts
+    from .session import rehearse_parts, run_parts
 
     try:
-        print(run_parts(kind, peers, rows, minutes, out, commit))
+        if rehearse:
+            rehearse_parts(kind, peers, rows)
+        else:
+            print(run_parts(kind, peers, rows, minutes, out, commit))
     except GpuLostError as lost:
         print(f"qwen3next: {lost}", file=sys.stderr)
-        raise typer.Exit(_AGAIN) from None
+        raise typer.Exit(GPU_LOST) from None

@@ -62,8 +62,8 @@ class MoeInputs:
 class MoeBuilder:
     """Makes works; weights stay for the next case that has the same."""
 
-    def __init__(self, spec: Qwen3NextSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    def __init__(self, spec: Qwen3NextSpec, device: torch.device, layers: int = _LAYERS) -> None:
+        self.spec, self.device, self.most_layers = spec, device, layers
         self._machine: CudaMachine | None = None
 
     def _weights(self, routed: Problem) -> list[tuple[Any, ...]]:
@@ -74,7 +74,7 @@ class MoeBuilder:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
                 count = layers_that_fit(joined)
-            self._machine = CudaMachine(joined, KNOWN["h200"], min(count, _LAYERS), self.device)
+            self._machine = CudaMachine(joined, KNOWN["h200"], min(count, self.most_layers), self.device)
         return self._machine.layers
 
     def __call__(self, case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:

@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from .measure import Build, Run
 from .moe_work import MoeBuilder
 from .result import merge, states_beside
 from .state import PartState
-from .timing import graph_timer
-from .work import Engine, Work
+from .timing import GraphTimer, OnceTimer, graph_timer
+from .work import Engine, Work, rehearsing
 
 
 def engine_named(peers: str) -> Engine:
@@ -48,13 +49,8 @@ def run_parts(kind: Kind, peers: str, rows: str, minutes: float | None, out: Pat
     Raises SettingsError for a bad request, a state of another machine or no GPU, and GpuLostError.
     """
     engine, cases = engine_named(peers), parse_cases(kind, rows)
-    try:
-        timer = graph_timer()
-    except RuntimeError as error:
-        raise SettingsError(str(error)) from None
+    timer, device, spec = _timer(GraphTimer), _device(), _spec()
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    device = torch.device("cuda", torch.cuda.current_device())
-    spec = parse_config(config_of("80b", fp8=True))
     folder = out / gpu_slug(torch.cuda.get_device_name(device))
     result = folder / f"{kind}.json"
     state = PartState(folder / f"{kind}.{engine}.state.json", {"kind": kind, "engine": engine}, this_machine())
@@ -63,6 +59,34 @@ def run_parts(kind: Kind, peers: str, rows: str, minutes: float | None, out: Pat
     run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device)))
     run.cases(cases, deadline, lambda: write_merged(result, kind))
     return result
+
+
+def rehearse_parts(kind: Kind, peers: str, rows: str) -> None:
+    """Runs each row once, with little memory, and keeps nothing of it but what compilers put into their caches.
+
+    Several may run side by side. Raises as `run_parts`.
+    """
+    engine, cases = engine_named(peers), parse_cases(kind, rows)
+    timer, device, spec = _timer(OnceTimer), _device(), _spec()
+    with TemporaryDirectory() as folder, rehearsing():
+        state = PartState(Path(folder) / "state.json", {"kind": kind, "engine": engine}, this_machine())
+        run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device, layers=1)))
+        run.cases(cases, None, lambda: None)
+
+
+def _timer(kind: type[GraphTimer]) -> GraphTimer:
+    try:
+        return graph_timer(kind)
+    except RuntimeError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _spec() -> Qwen3NextSpec:
+    return parse_config(config_of("80b", fp8=True))
 
 
 def builder(moe: MoeBuilder) -> Build:

@@ -1,7 +1,9 @@
 """What a case consists of once its inputs are on a GPU: calls to time, and what their output has to be."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,8 +71,23 @@ class Work:
         return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
+_rehearsing = ContextVar("rehearsing", default=False)
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Inputs are made once inside: for what is run to be compiled, beside other processes."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
 def copies_of(moved: int, held: int, device: torch.device) -> int:
     """How many copies of inputs to make when a call moves and holds so many bytes."""
+    if _rehearsing.get():
+        return 1
     if device.type != "cuda":
         return _CPU_COPIES
     properties: Any = torch.cuda.get_device_properties(device)
