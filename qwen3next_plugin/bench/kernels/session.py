@@ -27,6 +27,7 @@ from .gdn_work import gdn_work
 from .layer_work import layer_work
 from .measure import Build, Run
 from .moe_work import MoeBuilder
+from .peers.sglang_context import compile_no_more_than_asked
 from .result import merge, states_beside
 from .state import PartState
 from .timing import GraphTimer, OnceTimer, graph_timer
@@ -34,10 +35,11 @@ from .work import Engine, Work, rehearsing
 
 
 def engine_named(peers: str) -> Engine:
-    """ "vllm" or "sglang". Raises SettingsError for another name."""
+    """ "vllm" or "sglang", to be imported in this process. Raises SettingsError for another name."""
     if peers == "vllm":
         return "vllm"
     if peers == "sglang":
+        compile_no_more_than_asked()
         return "sglang"
     raise SettingsError(f"--peers: {peers!r} is not known: use vllm or sglang, whichever this Python has.")
 

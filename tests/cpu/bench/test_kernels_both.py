@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,18 @@ def test_a_lost_gpu_is_tried_again_and_an_error_ends_it(tmp_path: Path) -> None:
     assert not any("--rehearse" in line or "--minutes" in line for line in lines)
     with pytest.raises(SettingsError, match=r"kernels beside vllm ended with exit code 2: see .*kernels-vllm.log"):
         run_both(request(tmp_path, "norm-add-1", 0, None, 2))
+
+
+def test_sglang_compiles_only_what_is_measured_unless_a_user_wants_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "SGLANG_JIT_DEEPGEMM_PRECOMPILE"
+    monkeypatch.setenv(name, "1")
+    session.engine_named("sglang")
+    assert os.environ[name] == "1"
+    monkeypatch.delenv(name)
+    session.engine_named("vllm")
+    assert name not in os.environ
+    session.engine_named("sglang")
+    assert os.environ[name] == "0"
 
 
 def test_a_rehearsal_calls_everything_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
