@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen3next_plugin.errors import SettingsError, UnsupportedEngineError
-from qwen3next_plugin.kernels.gpus import gpu_slug
+from qwen3next_plugin.kernels.gpus import KNOWN, gpu_slug
 from qwen3next_plugin.kernels.moe.config import MoeConfig, nearest, read_file
 
 from .files import write_atomically
-from .problem import Problem
+from .problem import TOKENS, Problem
+from .space import by_model
 
 _SHIPPED = {
     "vllm": Path("model_executor/layers/fused_moe/configs"),
@@ -86,16 +87,19 @@ def engine_config(config: MoeConfig, block: int | None, down: bool) -> dict[str,
     }
 
 
-def _content(path: Path, problem: Problem, down: bool) -> dict[str, Any]:
+def _content(path: Path, problem: Problem, device: str, down: bool) -> dict[str, Any]:
+    """A file's tiles; for fewer and for more tokens than it has tiles for, since our own kernels run without any there,
+    those of the estimate, where the GPU is known.
+    """
     block = min(128, problem.inner & -problem.inner) if problem.mode == "fp8" else None
-    entries = read_file(path).entries
-    found: dict[str, Any] = {}
-    for tokens in sorted({entry.tokens for entry in entries}):
-        kinds = {entry.activation_bytes for entry in entries if entry.tokens == tokens}
-        for kind in sorted(kinds)[:1]:
-            config = nearest(entries, tokens, kind)
-            found[str(tokens)] = engine_config(config, block, down) if config else None
-    return found
+    entries, gpu = read_file(path).entries, KNOWN.get(gpu_slug(device))
+    found: dict[int, MoeConfig | None] = {}
+    for tokens in {entry.tokens for entry in entries}:
+        found[tokens] = nearest(entries, tokens, min(e.activation_bytes for e in entries if e.tokens == tokens))
+    if gpu is not None:
+        missing = [tokens for tokens in TOKENS if not min(found) <= tokens <= max(found)]
+        found |= {tokens: by_model(gpu, problem, tokens) for tokens in missing}
+    return {str(n): engine_config(config, block, down) for n, config in sorted(found.items()) if config is not None}
 
 
 def export(engine: str, target: Path, problem: Problem, device: str, folders: tuple[Path, ...]) -> Exported:
@@ -126,7 +130,7 @@ def export(engine: str, target: Path, problem: Problem, device: str, folders: tu
                 notes.remove(path)  # of ours, from before the engine shipped its own
             else:
                 down = path.name.endswith("_down.json")
-                notes.write(path, json.dumps(_content(source, problem, down), indent=1), source)
+                notes.write(path, json.dumps(_content(source, problem, device, down), indent=1), source)
     notes.save()
     written = [folder / name for group in groups if group[0] not in have for name in group]
     return Exported(tuple(written), tuple(left_out), variable)

@@ -59,7 +59,8 @@ def test_sglang_reads_what_was_exported_with_and_without_the_shared_expert(
     monkeypatch.setenv(variable, folder)
     for experts in (512, 513):
         first, second = configs(experts, 256), configs(experts, 256, down=True)
-        assert first is not None and second is not None and sorted(first) == sorted(second) == list(TOKENS)
+        assert first is not None and second is not None and sorted(first) == sorted(second)
+        assert set(first) == {24, *TOKENS}, "measured from 24 to 1,024 tokens, the rest computed"
         assert first != second
         for tokens in TOKENS:
             assert first[tokens]["BLOCK_SIZE_M"] == second[tokens]["BLOCK_SIZE_M"], "both products share one sorting"
