@@ -107,7 +107,8 @@ class StatesCase:
         slots = {"initial_slots": ints(self.initial, self.device), "output_slots": self.outputs.int().to(self.device)}
         k_heads = self.layer.tokens.k_heads
         gdn.gdn_verify(convolved, a, b, A_log, dt_bias, states, num_k_heads=k_heads, **rows, **slots, out=out)
-        return norm.rms_norm_gated(out, z, norm_weight, EPS, out=out, backend=self.backend)
+        norm.rms_norm_gated(out, z, norm_weight, EPS, out=out, backend=self.backend)
+        return out
 
     def check(self) -> None:
         """Outputs and states are the formula's, windows those of the convolution alone, and nothing else moved."""
