@@ -16,8 +16,10 @@ StepRows = dict[str, Any]
 
 
 def tokens_a_row(rows: StepRows) -> int:
-    """Tokens of a row of drafts that leave records, at most; 1 in a step without."""
-    return rows["drafts"][0].max_query_len if "drafts" in rows else 1
+    """Tokens of a row of drafts, at most; 1 in a step without."""
+    if "drafts" in rows:
+        return int(rows["drafts"][0].max_query_len)
+    return int(rows["recurrent"].max_query_len) if "recurrent" in rows else 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ No two rows of a call may share a slot that one of them writes.
 
 A step of which every row decodes takes :func:`gdn_decode_fused` instead, with the convolution before and the gated norm
 behind the delta rule in one launch. Where the engine commits what it accepted after the step, every row that verifies
-drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states of all layers.
+drafts takes :func:`gdn_verify_fused`, and :func:`gdn_commit` moves the states of all layers; where drafts leave a state
+each, many rows take :func:`gdn_verify_states`.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from .packed import PackedRows
 from .peers import HeadShape, choose_peer, run_peer
 from .records import DraftRecords
 from .reference import SNAPSHOT_GRID
+from .states import gdn_verify_states
 from .validation import (
     check_decode_rows,
     check_output_slots,
@@ -52,11 +54,12 @@ __all__ = [
     "gdn_prefill",
     "gdn_verify",
     "gdn_verify_fused",
+    "gdn_verify_states",
 ]
 
 declare("gdn_prefill", cuda=prefill_choices)
 declare("gdn_decode", cuda=(Choice("one token a row, beside rows of prompts", why="token by token"),))
-declare("gdn_verify", cuda=(Choice("drafts that leave a state each", why="token by token"),))
+declare("gdn_verify", cuda=(Choice("other drafts that leave a state each", why="token by token"),))
 
 
 def gdn_prefill(

@@ -8,7 +8,7 @@ from ..dispatch import Choice
 from ..gpus import Target
 from . import peers
 from .config import COMMAND, find, is_users
-from .table import MERGING, PROJECTED, DecodeTile, PrefillRule, PrefillWay, VerifyTile
+from .table import MERGING, PROJECTED, DecodeTile, PrefillRule, PrefillWay, StatesTile, VerifyTile
 
 _STATES = {4: "float32", 2: "16-bit"}
 
@@ -43,6 +43,20 @@ def verify_choices(target: Target) -> list[Choice]:
     return [Choice("drafts that leave records", why=why, tiles=_origin(target), details=details)]
 
 
+def states_choices(target: Target) -> list[Choice]:
+    """Likewise, of drafts that leave a state a token; nowhere without rules."""
+    rules = find(target).table.states
+    if not rules:
+        return [Choice("drafts that leave a state each: nowhere", why="not measured on such a GPU")]
+    details = tuple(
+        f"{_STATES[rule.state_bytes]} states, up to {rule.max_tokens} tokens a row, from {rule.min_programs} programs "
+        f"on: {tile_text(rule.tile)} ({rule.why})"
+        for rule in rules
+    )
+    shapes = f"drafts that leave a state each, from {min(rule.min_programs for rule in rules)} programs on"
+    return [Choice(shapes, why="with convolution and norm, one launch", tiles=_origin(target), details=details)]
+
+
 def way_text(way: PrefillWay) -> str:
     """``own, inverse by doubling, 4 warps, 2 stages``, or an engine's function's name."""
     if way.own is None:
@@ -51,8 +65,10 @@ def way_text(way: PrefillWay) -> str:
     return f"own, inverse by {way.own.inverse}, {way.own.chunk_warps} warps{registers}, {way.own.walk_stages} stages"
 
 
-def tile_text(tile: DecodeTile | VerifyTile) -> str:
+def tile_text(tile: DecodeTile | VerifyTile | StatesTile) -> str:
     """``1024 elements, 2 warps, 3 stages``; ``all tokens at once, 128 rows, 4 warps`` or ``token by token, ..``."""
+    if isinstance(tile, StatesTile):
+        return f"token by token, {tile.rows} rows, {tile.num_warps} warps"
     if isinstance(tile, VerifyTile):
         form = "all tokens at once" if tile.form == PROJECTED else "token by token"
         return f"{form}, {tile.rows} rows, {tile.num_warps} warps"

@@ -15,13 +15,24 @@ import torch
 
 from ..gpus import NO_GPU, Target
 from ..tuned import checked_folder
-from .config_file import read_file
-from .table import OWN, DecodeTile, GdnTable, OwnPrefill, PrefillRule, PrefillWay, VerifyTile
+from .config_file import STATE_BYTES, read_file
+from .table import (
+    OWN,
+    DecodeTile,
+    GdnTable,
+    OwnPrefill,
+    PrefillRule,
+    PrefillWay,
+    StatesRule,
+    StatesTile,
+    VerifyTile,
+)
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 FILE = "gdn.json"
 COMMAND = "qwen3next tune gdn"
 ANY = "any"
+_MOST_TOKENS = 1 << 40  # of a rule for any number of them
 
 _user_folder: Path | None = None
 _forced: GdnTable | None = None
@@ -126,15 +137,32 @@ def verify_tile(table: GdnTable, state_bytes: int, tokens: int, programs: int) -
     return max((rule for rule in rules if rule.max_tokens == most), key=lambda rule: rule.min_programs).tile
 
 
-def only(table: GdnTable, choice: PrefillWay | DecodeTile | VerifyTile) -> GdnTable:
-    """``table`` with this one choice wherever there is one of its kind; our own kernels where a peer cannot."""
+def states_tile(table: GdnTable, state_bytes: int, tokens: int, programs: int) -> StatesTile | None:
+    """For drafts that leave a state a token, in one launch; None: one operation after another."""
+    rules = [
+        rule
+        for rule in table.states
+        if rule.state_bytes == state_bytes and rule.max_tokens >= tokens and programs >= rule.min_programs
+    ]
+    return min(rules, key=lambda rule: (rule.max_tokens, -rule.min_programs)).tile if rules else None
+
+
+def only(table: GdnTable, choice: PrefillWay | DecodeTile | VerifyTile | StatesTile | None) -> GdnTable:
+    """``table`` with this one choice wherever there is one of its kind; our own kernels where a peer cannot.
+
+    A StatesTile is for whatever verification leaves a state a token, and None is for none of them.
+    """
     if isinstance(choice, PrefillWay):
         own = next(rule for rule in reversed(table.prefill) if rule.way.runs == OWN)
         rule = PrefillRule(choice, 0, 0, "forced")
         return replace(table, prefill=(rule,) if choice.runs == OWN else (rule, own))
     if isinstance(choice, DecodeTile):
         return replace(table, decode=tuple(replace(rule, tile=choice) for rule in table.decode))
-    return replace(table, verify=tuple(replace(rule, tile=choice) for rule in table.verify))
+    if isinstance(choice, VerifyTile):
+        return replace(table, verify=tuple(replace(rule, tile=choice) for rule in table.verify))
+    if choice is None:
+        return replace(table, states=())
+    return replace(table, states=tuple(StatesRule(size, _MOST_TOKENS, 0, choice, "forced") for size in STATE_BYTES))
 
 
 def every_table(table: GdnTable, state_bytes: int, tokens: int) -> tuple[GdnTable, ...]:
@@ -144,11 +172,13 @@ def every_table(table: GdnTable, state_bytes: int, tokens: int) -> tuple[GdnTabl
     """
     ways = [rule.way for rule in table.prefill if rule.way.runs == OWN]
     starts = {rule.min_programs for rule in table.decode} | {rule.min_programs for rule in table.verify}
-    programs = sorted(starts)
-    kinds: tuple[list[PrefillWay] | list[DecodeTile] | list[VerifyTile], ...] = (
+    programs = sorted(starts | {rule.min_programs for rule in table.states})
+    kinds: tuple[list[PrefillWay] | list[DecodeTile] | list[VerifyTile] | list[StatesTile | None], ...] = (
         list(dict.fromkeys(ways)),
         list(dict.fromkeys(decode_tile(table, state_bytes, count) for count in programs)),
         list(dict.fromkeys(verify_tile(table, state_bytes, tokens, count) for count in programs)),
+        # Beside prompts one operation runs after another, whatever the rules are.
+        list(dict.fromkeys((None, *(states_tile(table, state_bytes, tokens, count) for count in programs)))),
     )
     tables = []
     for number in range(max(map(len, kinds))):

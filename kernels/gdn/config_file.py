@@ -19,6 +19,8 @@ from .table import (
     OwnPrefill,
     PrefillRule,
     PrefillWay,
+    StatesRule,
+    StatesTile,
     VerifyRule,
     VerifyTile,
 )
@@ -44,16 +46,9 @@ def read_file(path: Path) -> GdnTable:
                     DecodeRule(one["state_bytes"], one["min_programs"], parse_tile(DecodeTile, one), _text(one, "why"))
                     for one in content["decode"]
                 ),
-                tuple(
-                    VerifyRule(
-                        one["state_bytes"],
-                        one["max_tokens"],
-                        one["min_programs"],
-                        parse_tile(VerifyTile, one),
-                        _text(one, "why"),
-                    )
-                    for one in content["verify"]
-                ),
+                tuple(VerifyRule(*_rows_of_drafts(VerifyTile, one)) for one in content["verify"]),
+                # which files of before there were such rules lack
+                tuple(StatesRule(*_rows_of_drafts(StatesTile, one)) for one in content.get("states", ())),
             )
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -64,7 +59,7 @@ def read_file(path: Path) -> GdnTable:
         ) from None
 
 
-def rule_object(rule: PrefillRule | DecodeRule | VerifyRule) -> dict[str, Any]:
+def rule_object(rule: PrefillRule | DecodeRule | VerifyRule | StatesRule) -> dict[str, Any]:
     """As JSON holds it: one object without others inside, the reason last."""
     flat = asdict(rule)
     why = flat.pop("why")
@@ -98,7 +93,10 @@ def parse_way(one: dict[str, Any]) -> PrefillWay:
 
 
 def parse_tile(kind: type[Any], one: dict[str, Any]) -> Any:
-    """A DecodeTile or VerifyTile, whichever ``kind`` is. Raises KeyError, TypeError or ValueError for anything else."""
+    """A DecodeTile, VerifyTile or StatesTile, whichever ``kind`` is.
+
+    Raises KeyError, TypeError or ValueError for anything else.
+    """
     _power("num_warps", one["num_warps"], 16)
     if kind is DecodeTile:
         if one["elements"] is not None:
@@ -111,6 +109,9 @@ def parse_tile(kind: type[Any], one: dict[str, Any]) -> Any:
                 f"{_MOST_STAGED} elements at most"
             )
         return DecodeTile(one["elements"], one["num_warps"], stages)
+    if kind is StatesTile:
+        _power("rows", one["rows"], 256)
+        return StatesTile(one["rows"], one["num_warps"])
     if one["form"] not in FORMS:
         raise ValueError(f"form is {one['form']!r}, which is none of {', '.join(FORMS)}")
     _power("rows", one["rows"], 256, LEAST_ROWS if one["form"] == PROJECTED else 1)
@@ -125,11 +126,13 @@ def checked(table: GdnTable) -> GdnTable:
     last = table.prefill[-1] if table.prefill else None
     if last is None or (last.way.runs, last.min_tokens, last.min_mean) != (OWN, 0, 0):
         raise ValueError("the last rule of prefill is not 'own' from 0 tokens on, 0 a row")
-    tiles: tuple[DecodeRule | VerifyRule, ...] = (*table.decode, *table.verify)
+    tiles: tuple[DecodeRule | VerifyRule | StatesRule, ...] = (*table.decode, *table.verify, *table.states)
     for one in tiles:
         _number("min_programs", one.min_programs, 0)
         if one.state_bytes not in STATE_BYTES:
             raise ValueError(f"state_bytes is {one.state_bytes!r}, which is none of 4, 2")
+    for one in table.states:
+        _number("max_tokens", one.max_tokens, 1)
     for size in STATE_BYTES:
         if not any((rule.state_bytes, rule.min_programs) == (size, 0) for rule in table.decode):
             raise ValueError(f"decode has no rule for states of {size} bytes from 0 programs on")
@@ -147,6 +150,11 @@ def checked(table: GdnTable) -> GdnTable:
 
 def _prefill_rule(one: dict[str, Any]) -> PrefillRule:
     return PrefillRule(parse_way(one), one["min_tokens"], one["min_mean"], _text(one, "why"))
+
+
+def _rows_of_drafts(kind: type[Any], one: dict[str, Any]) -> tuple[Any, ...]:
+    tile = parse_tile(kind, one)
+    return one["state_bytes"], one["max_tokens"], one["min_programs"], tile, _text(one, "why")
 
 
 def _own_object(way: PrefillWay) -> dict[str, Any]:

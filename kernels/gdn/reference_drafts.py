@@ -1,12 +1,12 @@
-"""Verification of drafts by records, and their commit, in plain torch."""
+"""A layer's whole verification of drafts in plain torch: by records, with their commit, or by a state a token."""
 
 import torch
 from torch import Tensor
 
-from ..conv.reference import convolve
+from ..conv.reference import causal_conv1d_update, convolve
 from ..norm.reference import rms_norm_gated
 from .records import DraftRecords
-from .reference import Gates, as_stored, compute_dtype, split_tokens, step
+from .reference import Gates, as_stored, compute_dtype, gdn_recurrent, split_tokens, step
 
 
 def gdn_verify_fused(
@@ -92,3 +92,36 @@ def gdn_commit(
             conv_state[:, targets[kept]] = window[:, kept]
     ssm_state[:, slots] = as_stored(state, ssm_state.dtype)
     conv_state[:, slots] = window
+
+
+def gdn_verify_states(
+    mixed_qkv: Tensor,
+    z: Tensor,
+    gates: Gates,
+    conv_weight: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    num_k_heads: int,
+    query_start: Tensor,
+    query_end: Tensor,
+    max_query_len: int,
+    conv_slots: Tensor,
+    initial_slots: Tensor,
+    output_slots: Tensor,
+    num_accepted_tokens: Tensor,
+    out: Tensor,
+) -> None:
+    """See :func:`qwen3next_plugin.kernels.gdn.gdn_verify_states`; arguments are checked there."""
+    rows, wide = (query_start, query_end), mixed_qkv.to(compute_dtype(mixed_qkv))
+    convolved, core = torch.empty_like(wide), torch.empty(out.shape, dtype=wide.dtype, device=out.device)
+    accepted = (num_accepted_tokens, max_query_len)
+    causal_conv1d_update(wide, conv_weight, None, conv_state, *rows, conv_slots, *accepted, convolved, "silu", None)
+    slots = (initial_slots, output_slots)
+    gdn_recurrent(convolved, gates, ssm_state, num_k_heads, *rows, max_query_len, *slots, core, None)
+    lengths = torch.where(initial_slots >= 0, query_end - query_start, 0).clamp(max=max_query_len)
+    row, token = (torch.arange(max_query_len, device=out.device) < lengths[:, None]).nonzero(as_tuple=True)
+    tokens = query_start[row].long() + token
+    out.zero_()
+    out[tokens] = rms_norm_gated(core[tokens], z[tokens], norm_weight, norm_eps).to(out.dtype)

@@ -2,7 +2,7 @@
 
 Engines describe a step with up to three row sets. Rows are token ranges of the flat batch, so prefill, decode and
 verify rows may lie in any order and no token is gathered or copied. A step of which every row decodes is one launch,
-and so is one of drafts that the engine commits afterwards.
+and so is one of drafts that the engine commits afterwards, or of many rows of drafts that leave a state each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from . import (
     gdn_prefill,
     gdn_verify,
     gdn_verify_fused,
+    gdn_verify_states,
 )
+from .states import runs_at_once
 
 
 @dataclass(frozen=True)
@@ -133,18 +135,37 @@ def gdn_step(
             out=out,
         )
         return
-    if recurrent is not None and recurrent.num_accepted_tokens is None and prefill is None:
+    alone = recurrent if prefill is None else None
+    accepted = None if alone is None else alone.num_accepted_tokens
+    if alone is not None and accepted is not None and runs_at_once(ssm_state, len(accepted), alone.max_query_len):
+        gdn_verify_states(
+            *whole,
+            conv_state,
+            ssm_state,
+            num_k_heads=params.num_k_heads,
+            norm_eps=params.norm_eps,
+            query_start=alone.query_start,
+            query_end=alone.query_end,
+            max_query_len=alone.max_query_len,
+            conv_slots=alone.conv_slots,
+            initial_slots=alone.initial_slots,
+            output_slots=alone.output_slots,
+            num_accepted_tokens=accepted,
+            out=out,
+        )
+        return
+    if alone is not None and accepted is None:
         gdn_decode_fused(
             *whole,
             conv_state,
             ssm_state,
             num_k_heads=params.num_k_heads,
             norm_eps=params.norm_eps,
-            query_start=recurrent.query_start,
-            query_end=recurrent.query_end,
-            state_slots=recurrent.initial_slots,
+            query_start=alone.query_start,
+            query_end=alone.query_end,
+            state_slots=alone.initial_slots,
             out=out,
-            snapshot_slots=recurrent.snapshot_slots,
+            snapshot_slots=alone.snapshot_slots,
         )
         return
     out.zero_()

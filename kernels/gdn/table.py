@@ -106,6 +106,28 @@ class VerifyRule:
 
 
 @dataclass(frozen=True)
+class StatesTile:
+    """Rows of a head's state that a program goes through at a time, and its warps."""
+
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class StatesRule:
+    """``tile`` for verifications that leave a state a token, of rows of up to ``max_tokens`` tokens, in one launch.
+
+    From so many programs (rows times value heads) on; where no rule fits, one operation runs after another.
+    """
+
+    state_bytes: int
+    max_tokens: int
+    min_programs: int
+    tile: StatesTile
+    why: str
+
+
+@dataclass(frozen=True)
 class GdnTable:
     """One file: where it is from, and its rules. The last of ``prefill`` is our own kernels', for every shape."""
 
@@ -113,3 +135,4 @@ class GdnTable:
     prefill: tuple[PrefillRule, ...]
     decode: tuple[DecodeRule, ...]
     verify: tuple[VerifyRule, ...]
+    states: tuple[StatesRule, ...] = ()

@@ -56,12 +56,11 @@ def zero_tokens_without_row(
 
 
 @triton.jit
-def gates_of(a, b, a_token, b_token, A_log, dt_bias, at, in_row, kept, kept_token):
-    """A head's decay and beta of each token, of pointers to the head's; decays go to `kept` as well."""
+def gates_of(a, b, a_token, b_token, A_log, dt_bias, at, in_row):
+    """A head's decay and beta of each token, of pointers to the head's."""
     log_rate, bias = tl.load(A_log).to(tl.float32), tl.load(dt_bias).to(tl.float32)
     decay = decay_of(tl.load(a + at * a_token, mask=in_row, other=0.0).to(tl.float32), log_rate, bias)
     beta = tl.sigmoid(tl.load(b + at * b_token, mask=in_row, other=0.0).to(tl.float32))
-    tl.store(kept + tl.arange(0, in_row.shape[0]) * kept_token, decay, mask=in_row)
     return decay, beta
 
 

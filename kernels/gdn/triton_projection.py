@@ -11,72 +11,7 @@ Products are made by matrix units, of factors in parts that these hold; they err
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def convolved(
-    x,
-    x_token,
-    x_column,
-    taps,
-    weight_channel,
-    weight_tap,
-    window,
-    window_channel,
-    window_column,
-    kept,
-    first_channel,
-    index,
-    dim,
-    length,
-    recorded,
-    WIDTH: tl.constexpr,
-    CONV_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PLACES: tl.constexpr,
-):
-    """A head's channels of a row's tokens, convolved, a vector a token; zeros behind TOKENS, so that there are PLACES.
-
-    The first `recorded` inputs go to `kept`. Each input is read once, and one sum over the taps does not ask whether it
-    stands in the window or in the row. (Token by token, where the state fills the registers, 128 a thread become 175
-    by this, so there a tile of all tokens is convolved a tap at a time.)
-    """
-    inputs = ()
-    weights = ()
-    channel = first_channel + index
-    in_dim = index < dim
-    x = x + channel * x_column
-    window = window + channel * window_channel
-    for tap in tl.static_range(WIDTH):
-        w = tl.load(taps + channel * weight_channel + tap * weight_tap, mask=in_dim, other=0.0).to(tl.float32)
-        weights = weights + (w,)
-    for tap in tl.static_range(WIDTH - 1):
-        value = tl.load(window + tap * window_column, mask=in_dim, other=0.0).to(tl.float32)
-        inputs = inputs + (value,)
-    for j in tl.static_range(TOKENS):
-        value = tl.load(x + j * x_token, mask=index < tl.where(j < length, dim, 0), other=0.0).to(tl.float32)
-        noted = index < tl.where(j < recorded, dim, 0)
-        tl.store(kept + j * CONV_DIM + channel, value.to(kept.dtype.element_ty), mask=noted)
-        inputs = inputs + (value,)
-    found = ()
-    for j in tl.static_range(PLACES):
-        y = tl.zeros(channel.shape, tl.float32)
-        if j < TOKENS:
-            for tap in tl.static_range(WIDTH):
-                y += inputs[j + tap] * weights[tap]
-            y = y * tl.sigmoid(y)
-        found = found + (y,)
-    return found
-
-
-@triton.jit
-def side_by_side(vectors, LEVELS: tl.constexpr):
-    """2 ** LEVELS vectors [N] as the columns of [N, 2 ** LEVELS], in registers: nothing moves between threads."""
-    for level in tl.static_range(LEVELS):
-        joined = ()
-        for n in tl.static_range(1 << (LEVELS - 1 - level)):
-            joined = joined + (tl.join(vectors[n], vectors[n + (1 << (LEVELS - 1 - level))]),)
-        vectors = joined
-    return tl.reshape(vectors[0], (vectors[0].shape[0], 1 << LEVELS))
+LEAST_PLACES = 4  # tokens whose keys and queries fill the 8 columns of a matrix instruction
 
 
 @triton.jit

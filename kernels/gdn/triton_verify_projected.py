@@ -9,9 +9,9 @@ import triton.language as tl
 
 from .triton_drafts import gates_of, row_at, store_normed, zero_tokens_without_row
 from .triton_formula import EPSILON
-from .triton_projection import convolved, gram_of, pass_token, side_by_side, times_state
+from .triton_inputs import convolved, side_by_side
+from .triton_projection import gram_of, pass_token, times_state
 
-LEAST_PLACES = 4  # tokens whose keys and queries fill the 8 columns of a matrix instruction
 UNROLLED = tl.constexpr(4)  # tokens up to which an unrolled loop was the faster one
 
 
@@ -185,8 +185,9 @@ def gdn_verify_projected_kernel(
     noted = is_key & (column // 2 < recorded)
     tl.store(key_at, p * unit[None, :], mask=noted[None, :] & k_mask[:, None])
     at = start + token
-    a, b, kept_decays = a + head * a_head, b + head * b_head, decays + record * V_HEADS + head
-    decay, beta = gates_of(a, b, a_token, b_token, A_log + head, dt_bias + head, at, in_row, kept_decays, V_HEADS)
+    a, b = a + head * a_head, b + head * b_head
+    decay, beta = gates_of(a, b, a_token, b_token, A_log + head, dt_bias + head, at, in_row)
+    tl.store(decays + (record + token) * V_HEADS + head, decay, mask=in_row)
 
     block = tl.arange(0, V_BLOCKS)
     o_all = tl.zeros((V_BLOCKS, BLOCK_V, PLACES), tl.float32)

@@ -32,7 +32,7 @@ def _convolve(
     """These channels of a row's tokens, convolved, [BLOCK_M, BLOCK_D]; the first `recorded` inputs go to `kept`.
 
     One sum over the taps, whether an input stands in the window or in the row: a row gives the same bits as the same
-    tokens verified and committed one by one. (All tokens at once have `.triton_projection.convolved`.)
+    tokens verified and committed one by one. (All tokens at once have `.triton_inputs.convolved`.)
     """
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     x = x + channel[None, :] * x_column
@@ -210,8 +210,9 @@ def gdn_verify_steps_kernel(
     tl.store(k_record, k, mask=(token < recorded)[:, None] & k_mask[None, :])
 
     at = start + token
-    a, b, kept_decays = a + head * a_head, b + head * b_head, decays + record * V_HEADS + head
-    decay, beta = gates_of(a, b, a_token, b_token, A_log + head, dt_bias + head, at, in_row, kept_decays, V_HEADS)
+    a, b = a + head * a_head, b + head * b_head
+    decay, beta = gates_of(a, b, a_token, b_token, A_log + head, dt_bias + head, at, in_row)
+    tl.store(decays + (record + token) * V_HEADS + head, decay, mask=in_row)
 
     block = tl.arange(0, V_BLOCKS)
     o_all = tl.zeros((V_BLOCKS, BLOCK_V, BLOCK_M), tl.float32)

@@ -128,6 +128,12 @@ def launch_all(heads: tuple[int, int], key_dim: int, value_dim: int, tokens: int
             gdn.gdn_decode_fused(*whole, norm_weight, own, narrow, **gated, **one)
     verify = rows | {"max_query_len": 3, "initial_slots": slots[:, 0], "output_slots": slots}
     gdn.gdn_verify(*arguments, ssm_state, **shared, **verify)
+    for length in (2, 4, 8):
+        wide, places = tensor(6, 2 + length, dim).mT, tensor(ROWS, length, dtype=torch.int32)
+        begin = {"conv_slots": places[:, 0], "initial_slots": slots[:, 0].contiguous(), "output_slots": places}
+        begin |= rows | {"max_query_len": length, "num_accepted_tokens": slots[:, 1].contiguous()}
+        for state in (ssm_state, narrow):
+            gdn.gdn_verify_states(*whole, norm_weight, wide, state, **gated, **begin)
     for length in (4, 8):
         sizes = {"num_k_heads": k_heads, "num_v_heads": v_heads, "head_k_dim": key_dim, "head_v_dim": value_dim}
         made = gdn.DraftRecords.allocate(2, ROWS, length, **sizes, input_dtype=torch.bfloat16, device="cpu")

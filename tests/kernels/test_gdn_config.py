@@ -23,6 +23,7 @@ from qwen3next_plugin.kernels.gdn.table import (
     OwnPrefill,
     PrefillRule,
     PrefillWay,
+    StatesTile,
     VerifyTile,
 )
 from qwen3next_plugin.kernels.gpus import Target
@@ -34,6 +35,7 @@ from .layer_case import EPS, make_layer
 SHIPPED = config.CONFIGS / "any" / "gdn.json"
 RULES = json.loads(SHIPPED.read_text())
 TILED = RULES["decode"][1] | {"num_stages": 3}
+STATES = {"state_bytes": 4, "max_tokens": 4, "min_programs": 6, "rows": 32, "num_warps": 4, "why": "a test"}
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +65,12 @@ def test_shipped_files_say_what_of_them_was_measured(path: Path) -> None:
         assert all(rule.why.startswith("a prediction, not measured") for rule in peers)
     else:
         whys = [rule.why for rule in table.decode] + [rule.why for rule in table.verify]
+        whys += [rule.why for rule in table.states]
         whys += [rule.why for rule in table.prefill if rule.way.runs == OWN]
         assert {why.split(" ")[0] for why in whys} == {"measured", "not"} and raw["measurements"]
-    listed = [rule_object(rule) for rule in (*table.prefill, *table.decode, *table.verify)]
-    assert listed == raw["prefill"] + raw["decode"] + raw["verify"], "what is written is what is read"
+    listed = [rule_object(rule) for rule in (*table.prefill, *table.decode, *table.verify, *table.states)]
+    written = raw["prefill"] + raw["decode"] + raw["verify"] + raw.get("states", [])
+    assert listed == written, "what is written is what is read"
 
 
 def test_the_most_particular_file_is_taken_and_a_users_folder_comes_first(tmp_path: Path) -> None:
@@ -101,6 +105,10 @@ def test_tables_that_a_kernel_meets() -> None:
         assert found == [[steps] * 2 + [at_once] * 4, [two] * 2 + [at_once] * 4]
     other = config.find(gpus.NO_GPU).table
     assert {rule.tile.form for rule in other.verify} == {STEPS}, "where nothing of this was measured"
+    assert other.states == (), "as little"
+    for one, size, tokens in product((table, h200), (4, 2), range(1, 9)):
+        assert [config.states_tile(one, size, tokens, count) for count in (511, 512)] == [None, StatesTile(32, 4)]
+        assert config.states_tile(one, size, 9, 8192) is None
     assert config.own_prefill(table, 1, 1) == OwnPrefill("merging", 4, 168, 3)
     assert config.own_prefill(config.find(Target("NVIDIA L40S", (8, 9))).table, 1, 1) == OwnPrefill()
     fitting = [rule.way.runs for rule in config.prefill_rules(table, 1000, 1)]
@@ -147,6 +155,9 @@ def test_the_first_rule_that_fits_decides_on_our_own_variant() -> None:
         ),
         ({"verify": [RULES["verify"][0] | {"state_bytes": 1}]}, "state_bytes is 1, which is none of 4, 2"),
         ({"verify": [{}]}, "KeyError"),
+        ({"states": [STATES | {"rows": 3}]}, "rows is 3, which is no power of two"),
+        ({"states": [STATES | {"max_tokens": 0}]}, "max_tokens is 0, which is no whole number from 1 on"),
+        ({"states": [STATES | {"state_bytes": 8}]}, "state_bytes is 8, which is none of 4, 2"),
         ({"decode": 3}, "TypeError"),
     ],
 )  # fmt: skip
@@ -171,7 +182,8 @@ def test_what_is_no_json_and_what_is_no_folder(tmp_path: Path) -> None:
 
 def test_every_table_together_chooses_all_that_one_can(tmp_path: Path) -> None:
     prefill = [own_rule(min_tokens=9, inverse="blocks"), own_rule(min_tokens=5, walk_stages=3), own_rule()]
-    table = read_file(write(tmp_path, prefill=prefill))
+    states = [STATES, STATES | {"min_programs": 9, "rows": 64}, STATES | {"max_tokens": 2, "rows": 16}]
+    table = read_file(write(tmp_path, prefill=prefill, states=states))
     for state_bytes in (2, 4):
         for tokens in (1, 3, 8):
             tables = config.every_table(table, state_bytes, tokens)
@@ -183,6 +195,9 @@ def test_every_table_together_chooses_all_that_one_can(tmp_path: Path) -> None:
             assert decode == {config.decode_tile(table, state_bytes, programs) for programs in (1, 10**6)}
             verify = {config.verify_tile(one, state_bytes, tokens, 1) for one in tables}
             assert verify == {config.verify_tile(table, state_bytes, tokens, programs) for programs in (1, 10**6)}
+            kept = {config.states_tile(one, state_bytes, tokens, 1) for one in tables}
+            assert kept == {config.states_tile(table, state_bytes, tokens, programs) for programs in (1, 6, 10**6)}
+            assert len(kept) == {(4, 1): 2, (4, 3): 3}.get((state_bytes, tokens), 1)
 
 
 class Noted:

@@ -1,6 +1,7 @@
 """A step of any mixture of rows: every token's normed and gated output against float64, zeros for padding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qwen3next_plugin.kernels.conv.reference import causal_conv
-from qwen3next_plugin.kernels.gdn import step
+from qwen3next_plugin.kernels.gdn import config, step
+from qwen3next_plugin.kernels.gdn.table import StatesRule, StatesTile
 from qwen3next_plugin.kernels.norm.reference import rms_norm_gated
 from tests.helpers import nan_like, relative_error
 
@@ -24,6 +26,7 @@ OPERATIONS = (
     "gdn_decode_fused",
     "gdn_verify",
     "gdn_verify_fused",
+    "gdn_verify_states",
     "rms_norm_gated",
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -120,14 +123,22 @@ def test_decode_beside_a_prompt_is_normed_once(calls: list[str], device: str) ->
     assert_outputs(out, expected | {(2, 8): this.expected(2, 8, None)})
 
 
-def test_verification_in_slots_of_its_own(calls: list[str], device: str) -> None:
+@pytest.mark.parametrize("programs", [2 * V_HEADS, 2 * V_HEADS + 1])
+def test_verification_in_slots_of_its_own(programs: int, calls: list[str], device: str) -> None:
+    """One operation from so many programs on as the table says, else one after another."""
     this = Step(6, device)
+    rule = StatesRule(4, 2, programs, StatesTile(16, 2), "a test")
     accepted, places = ints([1, 2], device), torch.tensor([[3, 4], [5, 6]], device=device)
     # Of the second, two tokens were accepted, so its window stands one column further on.
     rows = recurrent([(0, 2, 3), (2, 4, 5)], device, output_slots=places, num_accepted_tokens=accepted, max_query_len=2)
-    out = this.run(recurrent=rows)
-    assert calls == ["causal_conv1d_update", "gdn_verify", "rms_norm_gated"]
-    assert_outputs(out, {(0, 2): this.expected(0, 2, 3), (2, 4): this.expected(2, 4, 5, first=1)})
+    with config.forced(replace(config.table_of(torch.device(device)), states=(rule,))):
+        out = this.run(recurrent=rows)
+        assert_outputs(out, {(0, 2): this.expected(0, 2, 3), (2, 4): this.expected(2, 4, 5, first=1)})
+        one_by_one = ["causal_conv1d_update", "gdn_verify", "rms_norm_gated"]
+        assert calls == (["gdn_verify_states"] if programs == 2 * V_HEADS else one_by_one)
+        calls.clear()
+        this.run(recurrent=rows, prefill=prefill(4, 6, 1, False, device))
+        assert "gdn_verify_states" not in calls, "beside prompts"
 
 
 def test_drafts_are_one_operation_and_come_alone(calls: list[str], device: str) -> None:

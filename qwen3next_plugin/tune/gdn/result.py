@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -19,6 +19,7 @@ from qwen3next_plugin.kernels.gdn.table import (
     GdnTable,
     PrefillRule,
     PrefillWay,
+    StatesRule,
     VerifyRule,
 )
 from qwen3next_plugin.kernels.gpus import Gpu
@@ -61,11 +62,10 @@ class Where:
 
 
 def table_from(parts: Sequence[Part], shipped: GdnTable, peers: Sequence[str], where: Where) -> GdnTable:
-    """The measured table. What could not be measured keeps its shipped rule: peers that are not here, more drafts."""
+    """The measured table. What is not measured keeps its shipped rule: peers that are not here, more drafts, and drafts
+    that leave a state each."""
     prefill: list[PrefillRule] = [
-        PrefillRule(rule.way, rule.min_tokens, rule.min_mean, f"not measured, as shipped: {rule.why}")
-        for rule in shipped.prefill
-        if rule.way.runs not in (OWN, *peers)
+        replace(rule, why=_as_shipped(rule)) for rule in shipped.prefill if rule.way.runs not in (OWN, *peers)
     ]
     decode: list[DecodeRule] = []
     verify: list[VerifyRule] = []
@@ -81,13 +81,16 @@ def table_from(parts: Sequence[Part], shipped: GdnTable, peers: Sequence[str], w
                 verify.append(VerifyRule(shape.state_bytes, shape.tokens, least, found, why))
     measured = {(rule.state_bytes, rule.max_tokens) for rule in verify}
     verify += [
-        VerifyRule(
-            rule.state_bytes, rule.max_tokens, rule.min_programs, rule.tile, f"not measured, as shipped: {rule.why}"
-        )
+        replace(rule, why=_as_shipped(rule))
         for rule in shipped.verify
         if (rule.state_bytes, rule.max_tokens) not in measured
     ]
-    return checked(GdnTable("measured", tuple(prefill), tuple(decode), tuple(verify)))
+    states = tuple(replace(rule, why=_as_shipped(rule)) for rule in shipped.states)
+    return checked(GdnTable("measured", tuple(prefill), tuple(decode), tuple(verify), states))
+
+
+def _as_shipped(rule: PrefillRule | VerifyRule | StatesRule) -> str:
+    return f"not measured, as shipped: {rule.why}"
 
 
 def measured_file(
@@ -105,6 +108,7 @@ def measured_file(
         "prefill": [rule_object(rule) for rule in table.prefill],
         "decode": [rule_object(rule) for rule in table.decode],
         "verify": [rule_object(rule) for rule in table.verify],
+        "states": [rule_object(rule) for rule in table.states],
         "measurements": [_measurement(one) for part in parts for one in part.results],
     }
 

@@ -15,6 +15,8 @@ from qwen3next_plugin.kernels.gdn.table import (
     OwnPrefill,
     PrefillRule,
     PrefillWay,
+    StatesRule,
+    StatesTile,
     VerifyRule,
     VerifyTile,
 )
@@ -51,6 +53,11 @@ def varied_table() -> GdnTable:
             (4, 1000, 8, 1, STEPS),
         )  # fmt: skip
     ]
+    states = [
+        StatesRule(size, tokens, programs, StatesTile(rows, warps), "a test")
+        for size in STATE_BYTES
+        for tokens, programs, rows, warps in ((2, 0, 8, 1), (4, 8, 16, 2), (4, 12, 32, 4))
+    ]
     prefill += table.prefill
     varied = dataclasses.replace(table, prefill=tuple(prefill), decode=tuple(decode), verify=tuple(verify))
-    return checked(varied)
+    return checked(dataclasses.replace(varied, states=tuple(states)))
