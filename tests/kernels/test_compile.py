@@ -24,9 +24,13 @@ KERNELS = (
     "gdn_verify_states_kernel",
     "_commit_kernel",
 )
-STACK = {"gdn_verify_steps_kernel": 64, "gdn_verify_projected_kernel": 400, "_commit_kernel": 64}
+STACK = {
+    "gdn_verify_steps_kernel": 64,
+    "gdn_verify_projected_kernel": 400,
+    "gdn_verify_states_kernel": 64,  # of 8 tokens, in 128 registers: what is read once a head, not once a token
+    "_commit_kernel": 64,
+}
 """Bytes a thread may spill; 8 tokens at once with float32 states do by far the most, and win 2.6 times nevertheless."""
-STACK["gdn_verify_states_kernel"] = 64  # of 8 tokens, in 128 registers: what is read once a head, not once a token
 OVER_TILES = ("gates_kernel", "chunk_kernel", "walk_kernel")  # by the tables of sm_90 alone
 STACK |= dict.fromkeys(OVER_TILES, 256)
 DECODING = ("_gdn_decode_kernel", "gdn_decode_staged_kernel")
