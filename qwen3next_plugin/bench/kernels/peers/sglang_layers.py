@@ -68,14 +68,14 @@ def dense(work: Work) -> list[Prepared]:
     """What SGLang picks for FP8 blocks: DeepGEMM on Hopper where it is there."""
     publish()
     found = named(f"{_FP8}:dispatch_w8a8_block_fp8_linear")()
-    prepared = _dense(work, None if work.products == "bf16" else found)
-    prepared[0].facts["picked"] = "torch's linear" if work.products == "bf16" else found.__name__
+    prepared = _dense(work, None if work.inputs[0].scale_inv is None else found)
+    prepared[0].facts["picked"] = "torch's linear" if work.inputs[0].scale_inv is None else found.__name__
     return prepared
 
 
 def dense_triton(work: Work) -> list[Prepared]:
     """SGLang's Triton kernel (--fp8-gemm-backend triton)."""
-    if work.products == "bf16":
+    if work.inputs[0].scale_inv is None:
         raise ValueError("the router is not quantised")
     publish()
     return _dense(work, named(f"{_FP8}:triton_w8a8_block_fp8_linear"))
