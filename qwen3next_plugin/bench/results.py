@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -170,6 +172,17 @@ def _rows_of(
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
+
+
+def told_command(words: Sequence[str]) -> str:
+    """A command of this program as files keep it: absolute paths, which say something of a machine, cut down to their
+    last part.
+    """
+    return " ".join(["qwen3next", *(shlex.quote(_without_folders(word)) for word in words)])
+
+
+def _without_folders(word: str) -> str:
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)*([\w.+-]+)", r"\1", word)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

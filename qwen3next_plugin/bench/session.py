@@ -1,7 +1,5 @@
 """A run as the command line sees it: progress on the terminal, result files that grow row by row."""
 
-import re
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from qwen3next_plugin.serve.processes import stop_on_termination
 
 from .engines import EngineSetup
 from .profile import profile_table
-from .results import assemble, write_result
+from .results import assemble, told_command, write_result
 from .rows import Visit
 from .run import Bench
 from .state import State, left_to_do
@@ -46,7 +44,7 @@ def measure_and_write(
     """Measures what is left and writes a result file an engine, after every repeat. Returns the files."""
     state = State(run.state, plan)
     engines = list(dict.fromkeys(visit.side.engine for visit in visits))
-    command = " ".join(["qwen3next", *(shlex.quote(_without_folders(word)) for word in sys.argv[1:])])
+    command = told_command(sys.argv[1:])
     about = {"command": command, "commit": run.commit, "plugin_version": plugin_version(), "model": _model(model)}
     files: dict[str, Path] = {}
 
@@ -90,11 +88,6 @@ def measure_and_write(
     for file in files.values():
         show(file, console)
     return list(files.values())
-
-
-def _without_folders(word: str) -> str:
-    """A word of the command line with absolute paths cut down to their last part."""
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)*([\w.+-]+)", r"\1", word)
 
 
 def show(file: Path, console: Console) -> None:

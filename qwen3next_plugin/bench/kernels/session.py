@@ -1,7 +1,6 @@
 """A run from its request to its files: needs a GPU and one engine, and no command line."""
 
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from qwen3next_plugin.tune.cuda import this_machine
 from qwen3next_plugin.tune.gdn.engines import offer
 
 from ..ceilings import measure_ceilings
-from ..results import write_result
+from ..results import told_command, write_result
 from .cases import Case, Kind, parse_cases
 from .gdn_work import gdn_work
 from .layer_work import layer_work
@@ -128,5 +127,4 @@ def _about(commit: str | None) -> dict[str, Any]:
 
         commit = git_commit()
     found = {key: value for key, value in measure_ceilings().items() if key != "machine"}
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"command": command, "commit": commit, "plugin_version": plugin_version(), **found}
+    return {"command": told_command(sys.argv[1:]), "commit": commit, "plugin_version": plugin_version(), **found}

@@ -12,9 +12,9 @@ from qwen3next_plugin.bench.engines import EngineSetup, Limits, command_of, envi
 from qwen3next_plugin.bench.floors import expected_experts, floor_of
 from qwen3next_plugin.bench.measure import quantile
 from qwen3next_plugin.bench.prompts import prompt_of
+from qwen3next_plugin.bench.results import told_command
 from qwen3next_plugin.bench.rows import ALL_ROWS, Row, Side, parse_rows, plan_visits
 from qwen3next_plugin.bench.server import free_port
-from qwen3next_plugin.bench.session import _without_folders
 from qwen3next_plugin.bench.steps import Step, decode_times, expert_counts, read_steps
 from qwen3next_plugin.config import parse_config
 from qwen3next_plugin.demo.shapes import config_of
@@ -212,4 +212,5 @@ def test_small_helpers() -> None:
     assert quantile([5.0], 0.99) == 5.0
     assert prompt_of(50, "a", 151936) == prompt_of(50, "a", 151936) != prompt_of(50, "b", 151936)
     assert max(prompt_of(500, "a", 320)) < 240
-    assert _without_folders("--state=/a/b/s.json x/y.json /c/d") == "--state=s.json x/y.json /c/d".replace("/c/d", "d")
+    told = told_command(["bench", "--state=/a/b/s.json", "x/y.json", "/c/d", "--rows", "moe-*"])
+    assert told == "qwen3next bench --state=s.json x/y.json d --rows 'moe-*'"
