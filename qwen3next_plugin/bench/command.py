@@ -20,8 +20,6 @@ bench_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_ENVIRONMENT = "A shell file to source before this engine, e.g. one that sets PYTHONPATH."
-
 
 @bench_app.callback()
 def bench(
@@ -40,11 +38,11 @@ def bench(
     work: Annotated[Path, typer.Option(help="Logs, records and caches of the engines.")] = Path("build/bench"),
     profile: Annotated[str, typer.Option(help="Rows to profile at the end, e.g. decode-b64,prefill-8192.")] = "",
     evidence: Annotated[bool, typer.Option(help="Compare logits with the oracle's, and count experts.")] = True,
-    vllm_python: Annotated[str, typer.Option(help="The Python that has vLLM.")] = sys.executable,
-    vllm_env: Annotated[Path | None, typer.Option(help=_ENVIRONMENT)] = None,
+    vllm_python: Annotated[str, parts.VLLM_PYTHON] = sys.executable,
+    vllm_env: Annotated[Path | None, parts.ENVIRONMENT] = None,
     vllm_args: Annotated[str, typer.Option(help="More vLLM flags, for both sides.")] = "",
-    sglang_python: Annotated[str, typer.Option(help="The Python that has SGLang.")] = sys.executable,
-    sglang_env: Annotated[Path | None, typer.Option(help=_ENVIRONMENT)] = None,
+    sglang_python: Annotated[str, parts.SGLANG_PYTHON] = sys.executable,
+    sglang_env: Annotated[Path | None, parts.ENVIRONMENT] = None,
     sglang_args: Annotated[str, typer.Option(help="More SGLang flags, for both sides.")] = "",
     variables: Annotated[str, typer.Option(help="NAME=VALUE ... for both sides' engines.")] = "",
     commit: Annotated[str | None, typer.Option(help="Git commit, where there is no repository to ask.")] = None,

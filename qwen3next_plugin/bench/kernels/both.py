@@ -17,9 +17,8 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.serve.processes import running, stop_on_termination
 
 from ..engines import EngineSetup
-from .cases import ALL_CASES, Kind, parse_cases
+from .cases import ALL_CASES, Kind, family_and_size, parse_cases
 from .command import GPU_LOST
-from .plot import family_and_size
 
 _MOST_JOBS = 16
 _TRIES = 3  # of a run that loses the GPU

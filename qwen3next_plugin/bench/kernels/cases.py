@@ -39,6 +39,9 @@ _PATTERNS: tuple[tuple[Kind, str, str], ...] = (
     ("moe", "moe", r"moe-(?P<variant>fp8|bf16)-tp(?P<ranks>[1248])-m(?P<tokens>[1-9]\d*)"),
 )
 
+_SIZE = re.compile(r"(?:-b|-m|x|-)(\d+)$")
+_STATE = "-bf16state"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -70,6 +73,15 @@ def parse_case(kind: Kind, name: str) -> Case:
             sizes = {key: int(found[key]) for key in ("rows", "tokens", "ranks") if key in found}
             return Case(name, op, variant=found.get("variant", ""), **sizes)
     raise SettingsError(f"--rows: {name!r} is no row of {kind}: use names such as {', '.join(ALL_CASES[kind][:3])}.")
+
+
+def family_and_size(case: str) -> tuple[str, int]:
+    """``gdn-decode-b64-bf16state`` -> ("gdn-decode-bf16state", 64): what is drawn as one line, and where on it."""
+    stem = case.removesuffix(_STATE)
+    match = _SIZE.search(stem)
+    if match is None:
+        return case, 1
+    return stem[: match.start()] + case[len(stem) :], int(match[1])
 
 
 def parse_cases(kind: Kind, text: str) -> list[Case]:

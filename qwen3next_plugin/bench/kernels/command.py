@@ -15,10 +15,9 @@ _PEERS = typer.Option(help="vllm or sglang: the engine that this Python has.")
 _ROWS = typer.Option(help="Names or patterns with commas between, or all.")
 _MINUTES = typer.Option(help="Begin no row later than this.")
 _OUT = typer.Option(help="Where <gpu>/<kind>.json and its state files go.")
-_VLLM_PYTHON = typer.Option(help="The Python that has vLLM.")
-_VLLM_ENV = typer.Option(help="A shell file to source before vLLM, e.g. one that sets PYTHONPATH.")
-_SGLANG_PYTHON = typer.Option(help="The Python that has SGLang.")
-_SGLANG_ENV = typer.Option(help="A shell file to source before SGLang.")
+VLLM_PYTHON = typer.Option(help="The Python that has vLLM.")
+SGLANG_PYTHON = typer.Option(help="The Python that has SGLang.")
+ENVIRONMENT = typer.Option(help="A shell file to source before this engine, e.g. one that sets PYTHONPATH.")
 _COMMIT = typer.Option(help="Git commit, where there is no repository to ask.")
 _REHEARSE = typer.Option(
     "--rehearse", help="Run every row once and keep nothing: fills compilers' caches, beside other such runs."
@@ -60,10 +59,10 @@ def both(
         int | None, typer.Option(min=0, help="Rehearsals side by side; default: one a core, 16 at most.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Logs.")] = Path("build/bench"),
-    vllm_python: Annotated[str, _VLLM_PYTHON] = sys.executable,
-    vllm_env: Annotated[Path | None, _VLLM_ENV] = None,
-    sglang_python: Annotated[str, _SGLANG_PYTHON] = sys.executable,
-    sglang_env: Annotated[Path | None, _SGLANG_ENV] = None,
+    vllm_python: Annotated[str, VLLM_PYTHON] = sys.executable,
+    vllm_env: Annotated[Path | None, ENVIRONMENT] = None,
+    sglang_python: Annotated[str, SGLANG_PYTHON] = sys.executable,
+    sglang_env: Annotated[Path | None, ENVIRONMENT] = None,
     commit: Annotated[str | None, _COMMIT] = None,
 ) -> None:
     """Measure single operations beside both engines: all rows rehearsed side by side, then each engine's run alone."""

@@ -62,6 +62,11 @@ class DenseInputs:
     weight: Tensor
     scale_inv: Tensor | None
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is, which the router's is not."""
+        return self.scale_inv is not None
+
 
 def layer_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:
     """A case of one of these operations."""

@@ -30,7 +30,7 @@ from qwen3next_plugin.weights_layout import FP8_BLOCK
 from .bounds import BY_PEER
 from .cases import Case
 from .peers import named
-from .work import Engine, Normal, Prepared, Work, copies_of
+from .work import Engine, Normal, Prepared, Work, copies_of, is_rehearsal
 
 ROUTED, JOINED = "routed", "joined"
 _CHECKED = 64
@@ -62,8 +62,8 @@ class MoeInputs:
 class MoeBuilder:
     """Makes works; weights stay for the next case that has the same."""
 
-    def __init__(self, spec: Qwen3NextSpec, device: torch.device, layers: int = _LAYERS) -> None:
-        self.spec, self.device, self.most_layers = spec, device, layers
+    def __init__(self, spec: Qwen3NextSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
         self._machine: CudaMachine | None = None
 
     def _weights(self, routed: Problem) -> list[tuple[Any, ...]]:
@@ -73,8 +73,8 @@ class MoeBuilder:
             count = 1
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-                count = layers_that_fit(joined)
-            self._machine = CudaMachine(joined, KNOWN["h200"], min(count, self.most_layers), self.device)
+                count = 1 if is_rehearsal() else layers_that_fit(joined)
+            self._machine = CudaMachine(joined, KNOWN["h200"], min(count, _LAYERS), self.device)
         return self._machine.layers
 
     def __call__(self, case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:

@@ -1,23 +1,11 @@
 """A picture of single operations: which share of the machine's ceiling each reaches, against its size."""
 
-import re
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from .bounds import share_of_ceiling
-
-_SIZE = re.compile(r"(?:-b|-m|x|-)(\d+)$")
-_STATE = "-bf16state"
-
-
-def family_and_size(case: str) -> tuple[str, int]:
-    """``gdn-decode-b64-bf16state`` -> ("gdn-decode-bf16state", 64): what is drawn as one line, and where on it."""
-    stem = case.removesuffix(_STATE)
-    match = _SIZE.search(stem)
-    if match is None:
-        return case, 1
-    return stem[: match.start()] + case[len(stem) :], int(match[1])
+from .cases import family_and_size
 
 
 def plot_shares(pyplot: Any, result: dict[str, Any], target: Path) -> Path:

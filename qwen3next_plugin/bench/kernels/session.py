@@ -71,7 +71,7 @@ def rehearse_parts(kind: Kind, peers: str, rows: str) -> None:
     timer, device, spec = _timer(OnceTimer), _device(), _spec()
     with TemporaryDirectory() as folder, rehearsing():
         state = PartState(Path(folder) / "state.json", {"kind": kind, "engine": engine}, this_machine())
-        run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device, layers=1)))
+        run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device)))
         run.cases(cases, None, lambda: None)
 
 

@@ -84,9 +84,14 @@ def rehearsing() -> Iterator[None]:
         _rehearsing.reset(token)
 
 
+def is_rehearsal() -> bool:
+    """Whether it is so here."""
+    return _rehearsing.get()
+
+
 def copies_of(moved: int, held: int, device: torch.device) -> int:
     """How many copies of inputs to make when a call moves and holds so many bytes."""
-    if _rehearsing.get():
+    if is_rehearsal():
         return 1
     if device.type != "cuda":
         return _CPU_COPIES

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from qwen3next_plugin.bench.check import check_file
-from qwen3next_plugin.bench.kernels.cases import ALL_CASES
+from qwen3next_plugin.bench.kernels.cases import ALL_CASES, family_and_size
 from qwen3next_plugin.bench.kernels.check import check_parts
-from qwen3next_plugin.bench.kernels.plot import family_and_size
 from qwen3next_plugin.bench.kernels.result import merge
 from qwen3next_plugin.bench.kernels.session import write_merged
 from qwen3next_plugin.bench.tables import table_of

@@ -68,14 +68,15 @@ def dense(work: Work) -> list[Prepared]:
     """What SGLang picks for FP8 blocks: DeepGEMM on Hopper where it is there."""
     publish()
     found = named(f"{_FP8}:dispatch_w8a8_block_fp8_linear")()
-    prepared = _dense(work, None if work.inputs[0].scale_inv is None else found)
-    prepared[0].facts["picked"] = "torch's linear" if work.inputs[0].scale_inv is None else found.__name__
+    quantised = work.inputs[0].quantised
+    prepared = _dense(work, found if quantised else None)
+    prepared[0].facts["picked"] = found.__name__ if quantised else "torch's linear"
     return prepared
 
 
 def dense_triton(work: Work) -> list[Prepared]:
     """SGLang's Triton kernel (--fp8-gemm-backend triton)."""
-    if work.inputs[0].scale_inv is None:
+    if not work.inputs[0].quantised:
         raise ValueError("the router is not quantised")
     publish()
     return _dense(work, named(f"{_FP8}:triton_w8a8_block_fp8_linear"))

@@ -87,7 +87,7 @@ def dense(work: Work) -> list[Prepared]:
     """FlashInfer's block-scaled product below 32 rows, DeepGEMM's from there: vLLM's first choice on Hopper."""
     if work.case.tokens >= 32:
         return dense_deepgemm(work)
-    kernel = None if work.inputs[0].scale_inv is None else named("vllm.utils.flashinfer:flashinfer_fp8_blockscale_gemm")
+    kernel = named("vllm.utils.flashinfer:flashinfer_fp8_blockscale_gemm") if work.inputs[0].quantised else None
 
     def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         assert kernel is not None
@@ -99,7 +99,7 @@ def dense(work: Work) -> list[Prepared]:
 
 def dense_deepgemm(work: Work) -> list[Prepared]:
     """DeepGEMM, activations rounded by vLLM's kernel before."""
-    if work.inputs[0].scale_inv is None:
+    if not work.inputs[0].quantised:
         raise ValueError("the router is not quantised")
     round_tokens, kernel = named(f"{_FP8}:per_token_group_quant_fp8"), named("vllm.utils.deep_gemm:fp8_gemm_nt")
 
@@ -114,7 +114,7 @@ def dense_deepgemm(work: Work) -> list[Prepared]:
 
 def dense_cutlass(work: Work) -> list[Prepared]:
     """CUTLASS, activations rounded by vLLM's kernel before."""
-    if work.inputs[0].scale_inv is None:
+    if not work.inputs[0].quantised:
         raise ValueError("the router is not quantised")
     round_tokens, kernel = named(f"{_FP8}:per_token_group_quant_fp8"), named("vllm._custom_ops:cutlass_scaled_mm")
 
