@@ -1,7 +1,7 @@
 """What a step takes from the engine, so that the table of what runs is whole. Nothing of it is called here."""
 
 from .dispatch import Choice, declare
-from .gemm.few import MAX_ROWS
+from .gemm.few import MAX_ROWS, UNEVEN_ROWS
 from .gemm.policy import FP8_CAPABILITY
 from .gpus import NO_GPU, Target
 
@@ -12,7 +12,11 @@ def _projections(target: Target) -> list[Choice]:
     fp8 = "the engine's FP8 product"
     if target is not NO_GPU and target.capability < FP8_CAPABILITY:
         fp8 = "the engine's Marlin kernel, as there are no FP8 units"
-    few = Choice(f"up to {MAX_ROWS} rows, weights as loaded, FP8 in blocks too", PLUGIN, "few_matmul, in one launch")
+    few = Choice(
+        f"up to {MAX_ROWS} rows, weights as loaded, FP8 in blocks too",
+        PLUGIN,
+        f"few_matmul, in one launch; up to {UNEVEN_ROWS} where tiles of a wide FP8 weight leave most of a round idle",
+    )
     return [
         *([] if target is NO_GPU else [few]),
         Choice("bf16, fp16 and fp32 weights", ENGINE, "torch's library (cuBLAS on a GPU)"),

@@ -22,6 +22,7 @@ _TILE_ROWS = (8, 16)  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
 _PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
+_WIDE = 32 * _PROGRAMS  # rows of a weight
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,28 @@ class Tile:
     num_stages: int = 1
 
 
-def tile_of(rows_of_x: int, weight: torch.Tensor) -> Tile:
-    """The tile for a product of so many rows with ``weight`` [N, K]. What to tune on a GPU stands here."""
+def takes_vectors(rows_of_x: int, weight: torch.Tensor) -> bool:
+    """Whether so many rows with ``weight`` [N, K] are vector products."""
+    wide = weight.shape[0] >= _WIDE and weight.element_size() == 1
+    return rows_of_x <= (1 if wide else VECTOR_ROWS)
+
+
+def tile_of(rows_of_x: int, weight: torch.Tensor, first: Tile | None = None) -> Tile:
+    """The tile for a product of so many rows with ``weight`` [N, K], in one launch with the ``first`` weight's if there
+    is one. What to tune on a GPU stands here.
+    """
     (n, k), size = weight.shape, weight.element_size()
-    if rows_of_x <= VECTOR_ROWS:
+    if first.vector if first is not None else takes_vectors(rows_of_x, weight):
         rows = 4
         while rows > 1 and n < rows * _PROGRAMS:
             rows //= 2
         columns = max(min(next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
         return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
-    if n >= 32 * _PROGRAMS:
+    if first is not None:  # its warps, each with as many columns
+        return Tile(False, 16, first.columns, first.num_warps, first.num_stages)
+    if n >= _WIDE:
+        if size == 1:
+            return Tile(False, 16 if rows_of_x <= _TILE_ROWS[0] else 32, 256, num_warps=2, num_stages=3)
         return Tile(False, 32, 512, num_warps=4, num_stages=3)
     return Tile(False, 16, 512, num_warps=4, num_stages=3)
 
@@ -86,11 +99,11 @@ class _Cut:
         return {name + suffix: value for name, value in values.items()}
 
 
-def _cut(rows: int, weight: torch.Tensor, scale: torch.Tensor | None, tile: Tile | None) -> _Cut:
+def _cut(weight: torch.Tensor, scale: torch.Tensor | None, tile: Tile) -> _Cut:
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if scale is None:
-        return _Cut(weight, None, tile or tile_of(rows, weight), (GROUP, GROUP))
-    return _Cut(weight_codes(weight), scale, tile or tile_of(rows, weight), block_size(weight, scale))
+        return _Cut(weight, None, tile, (GROUP, GROUP))
+    return _Cut(weight_codes(weight), scale, tile, block_size(weight, scale))
 
 
 def few_matmul(
@@ -106,9 +119,9 @@ def few_matmul(
     ``tiles`` instead of the table's, for measuring: both as vectors or both as matrices, with as many warps.
     """
     (M, K), pair = x.shape, second is not None
-    own, others = tiles or (None, None)
-    one = _cut(M, weight, scale_inv, own)
-    other = one if second is None else _cut(M, *second, others)
+    own, others = tiles or (tile_of(M, weight), None)
+    one = _cut(weight, scale_inv, own)
+    other = one if second is None else _cut(*second, others or tile_of(M, second[0], own))
     outs = [torch.empty((M, cut.weight.shape[0]), dtype=x.dtype, device=x.device) for cut in (one, other)[: 1 + pair]]
     if sum(out.numel() for out in outs) == 0:
         return tuple(outs)

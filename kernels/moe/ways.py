@@ -29,7 +29,8 @@ MOST_APART = 192  # pairs up to which an H200 was quicker without sorting them: 
 class Way:
     """Whether activations are rounded, the tiles (None: whole rows, nothing is sorted, or a plan), how pairs are
     sorted: `scan_of` them, whether they are `chunked`, or `apart`; the plan by which an engine's products run; and
-    whether the second launch of whole rows begins `early`, while the first one still runs.
+    whether launches begin `early`, while those before them still run: the second one of whole rows, all from the first
+    product on with tiles.
     """
 
     quantize: bool
@@ -135,7 +136,8 @@ def choose_way(
     config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
     if chunked(pairs):
         return Way(quantize, config, 0, True)
-    return Way(quantize, config, scan_of(pairs), False, apart=apart(pairs, experts, config.block_m))
+    alone = apart(pairs, experts, config.block_m)
+    return Way(quantize, config, scan_of(pairs), False, apart=alone, early=begins_early(w13.device))
 
 
 def ways_up_to(

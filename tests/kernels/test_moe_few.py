@@ -40,11 +40,11 @@ def test_every_number_of_tokens_around_the_threshold(weights: str, monkeypatch: 
         way = ways.choose_way(tokens, 11, 2, w13, scale, None, 1)
         rows = weights in ("bf16", "blocks") and tokens <= ways.MAX_TOKENS
         assert (way.config is None) == rows
-        assert way.early == (rows and tokens <= ways.EARLY_TOKENS)
+        assert way.early == (not rows or tokens <= ways.EARLY_TOKENS)
         assert way.apart == (not rows and tokens <= 17), "187 pairs, and 198"
         assert way.quantize == (weights == "blocks" and tokens > ways.MAX_TOKENS), "not decided by anybody"
         rounded = ways.choose_way(tokens, 11, 2, w13, scale, True, 1)
-        assert rounded.config is not None and rounded.apart == (tokens <= 17) and not rounded.early
+        assert rounded.config is not None and rounded.apart == (tokens <= 17) and rounded.early
 
 
 def test_launches_begin_early_on_gpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_real_sizes(mode: str) -> None:
 def test_beginning_early_changes_no_bit(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step behind the other, as layers come: who reads what the first launch has not written yet, reads NaN."""
     w = weights(fp8)
-    for tokens in (1, 3, ways.EARLY_TOKENS):
+    for tokens in (1, 3, ways.EARLY_TOKENS, 17, 40, 400):  # whole rows, and tiles however they are sorted
         found = []
         for early in (False, True):
             monkeypatch.setattr(ways, "begins_early", lambda device, early=early: early and CAN_BEGIN_EARLY)

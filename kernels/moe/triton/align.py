@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from ...integers import cdiv, next_power_of_2
 from ..ways import max_tiles
@@ -113,8 +114,18 @@ def _running_count_kernel(counts_ptr, totals_ptr, num_chunks, num_experts, CHUNK
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _chunk_place_kernel(
-    ids_ptr, ranks_ptr, before_ptr, starts_ptr, pairs_ptr, num_pairs, num_experts, CHUNK: tl.constexpr
+    ids_ptr,
+    ranks_ptr,
+    before_ptr,
+    starts_ptr,
+    pairs_ptr,
+    num_pairs,
+    num_experts,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        cuda.gdc_launch_dependents()
     chunk = tl.program_id(0).to(tl.int64)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
@@ -124,10 +135,10 @@ def _chunk_place_kernel(
     tl.store(pairs_ptr + place, pairs.to(tl.int32), mask=held)
 
 
-def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles, torch.Tensor]:
+def align(topk_ids: torch.Tensor, num_experts: int, block_m: int, early: bool = False) -> tuple[Tiles, torch.Tensor]:
     """Sort the pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, E) stay out.
 
-    Unused tiles come last. Returns the number of each expert's pairs too, [E] int32.
+    Unused tiles come last. Returns the number of each expert's pairs too, [E] int32. early: lets the next launch begin.
     """
     ids = topk_ids.reshape(-1)
     num_pairs = ids.numel()
@@ -158,5 +169,16 @@ def align(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[Tiles
         SCAN=_SCAN,
         num_warps=4,
     )
-    _chunk_place_kernel[(chunks,)](ids, ranks, before, starts, pairs, num_pairs, num_experts, CHUNK=_CHUNK, num_warps=4)
+    _chunk_place_kernel[(chunks,)](
+        ids,
+        ranks,
+        before,
+        starts,
+        pairs,
+        num_pairs,
+        num_experts,
+        CHUNK=_CHUNK,
+        EARLY=early,
+        num_warps=4,
+    )
     return Tiles(pairs, experts, block_m), counts

@@ -8,6 +8,7 @@ number. A program finds that out by one look at all pairs. No atomics: equal inp
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from ...dispatch import interpreting
 from ...gemm.policy import require_fp8_units
@@ -38,9 +39,12 @@ def _apart_kernel(
     ROUND: tl.constexpr,
     FP8_MAX: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The first programs see to a pair's tile each, others (ROUND) to a group of a token's values."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < num_pairs:
         lanes = tl.arange(0, SCAN)
@@ -79,12 +83,13 @@ def room_for(
 
 
 def tiles_apart(
-    topk_ids: torch.Tensor, num_experts: int, block_m: int, x: torch.Tensor, rounds: bool
+    topk_ids: torch.Tensor, num_experts: int, block_m: int, x: torch.Tensor, rounds: bool, early: bool = False
 ) -> tuple[Tiles, torch.Tensor, torch.Tensor | None]:
     """The pairs of topk_ids [M, k] in tiles of block_m, one a pair where it begins one; other ids than [0, E) stay out.
 
     Only for numbers of pairs of which `ways.apart` says so. With `rounds` x [M, H], of last stride 1, becomes codes and
-    factors, the same bits as of `quantize_tokens`; else it comes back as it is, without factors.
+    factors, the same bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets
+    the next launch begin.
     """
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)
@@ -107,6 +112,7 @@ def tiles_apart(
         ROUND=rounds,
         FP8_MAX=FP8_MAX,
         GROUP=GROUP,
+        EARLY=early,
         INTERPRETED=interpreting() and not x.is_cuda,
         num_warps=1,
     )

@@ -9,219 +9,18 @@ grid follows from shapes alone, so a CUDA graph can hold it.
 """
 
 import torch
-import triton
-import triton.language as tl
 
-from ...dispatch import interpreting
-from ...gemm.policy import weight_codes
-from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
-from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
-from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
-from ...integers import cdiv, next_power_of_2
-from ..config import Tile
+from ...gemm.reference import FP8, GROUP
 from ..ways import choose_way
-from .align import Tiles, align
+from .align import align
 from .apart import tiles_apart
 from .by_peer import fused_moe_by_peer
 from .combine import weighted_sum
 from .few import fused_moe_few
+from .grouped import grouped_product
 from .ordered import tiles_in_order
 from .tall import fused_moe_tall
-
-
-# A step's number of pairs is not specialised on: a new one compiles nothing.
-@triton.jit(do_not_specialize=["num_pairs"])
-def _grouped_kernel(
-    a_ptr,
-    a_scale_ptr,
-    w_ptr,
-    w_scale_ptr,
-    w_zero_ptr,
-    out_ptr,
-    out_scale_ptr,
-    pairs_ptr,
-    experts_ptr,
-    num_pairs,
-    N,
-    K,
-    a_stride,
-    a_scale_stride,
-    w_stride_e,
-    w_stride_n,
-    w_scale_stride_e,
-    w_scale_stride_n,
-    second_offset,
-    second_scale_offset,
-    PAIRS_PER_ROW: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_K: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    W_FP8: tl.constexpr,
-    A_FP8: tl.constexpr,
-    PACK: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    A_INT8: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ONE_FACTOR: tl.constexpr,
-    OUT_FP8: tl.constexpr,
-    FP8_MAX: tl.constexpr,
-):
-    """out[p, n] = a[p // PAIRS_PER_ROW] . w[expert of p, n], or (SWIGLU) silu of it times the second product.
-
-    OUT_FP8 rounds a tile's columns, which are one group of the next product's, as `quantize_tokens` does.
-    PACK 0: weights of a's type or FP8 (`scaled_product`), else INT8 or INT4 (`integer_product`).
-    """
-    # column tiles vary fastest: the programs of one expert run together and share its rows in the L2 cache
-    tile = tl.program_id(1)
-    expert = tl.load(experts_ptr + tile).to(tl.int64)
-    if expert >= 0:
-        pairs = tl.load(pairs_ptr + tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        used = pairs < num_pairs
-        rows = pairs // PAIRS_PER_ROW
-        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        ks = tl.arange(0, BLOCK_K)
-        a_ptrs = a_ptr + rows[:, None] * a_stride + ks[None, :]
-        a_scale_ptrs = a_scale_ptr + rows * a_scale_stride
-        w_rows = expert * w_stride_e + cols.to(tl.int64) * w_stride_n
-        scaled = tl.program_id(0) * BLOCK_N if ONE_FACTOR else cols
-        factors = expert * w_scale_stride_e + (scaled // SCALE_N) * w_scale_stride_n
-        if PACK == 0:
-            first, second = scaled_product(
-                a_ptrs,
-                used,
-                a_scale_ptrs,
-                w_ptr + w_rows[None, :] + ks[:, None],
-                cols < N,
-                w_scale_ptr + factors,
-                second_offset,
-                second_scale_offset,
-                K,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                GROUP_K,
-                SCALE_K,
-                SWIGLU,
-                W_FP8,
-                A_FP8,
-                UPCAST,
-                ONE_FACTOR,
-            )
-        else:
-            first, second = integer_product(
-                a_ptrs,
-                used,
-                a_scale_ptrs,
-                w_ptr + w_rows[:, None] + tl.arange(0, BLOCK_K // PACK)[None, :],
-                cols < N,
-                w_scale_ptr + factors,
-                w_zero_ptr + factors,
-                second_offset,
-                second_scale_offset,
-                K,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                SCALE_K,
-                SWIGLU,
-                PACK,
-                HAS_ZERO,
-                A_INT8,
-                UPCAST,
-            )
-        if SWIGLU:
-            first = first * tl.sigmoid(first) * second
-        mask = used[:, None] & (cols < N)[None, :]
-        if OUT_FP8:
-            first, factor = round_to_fp8(tl.where(mask, first, 0.0), FP8_MAX, UPCAST)
-            tl.store(out_scale_ptr + pairs * tl.num_programs(0) + tl.program_id(0), factor, mask=used)
-        tl.store(out_ptr + pairs[:, None] * N + cols[None, :], first.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _grouped(
-    a: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    zero: torch.Tensor | None,
-    tiles: Tiles,
-    tile: Tile,
-    out: torch.Tensor,
-    *,
-    pairs_per_row: int,
-    swiglu: bool,
-    quantize: bool,
-    a_scale: torch.Tensor | None = None,
-    out_scale: torch.Tensor | None = None,
-) -> None:
-    """Fill out [pairs, N] from a [pairs / pairs_per_row, K] and weight [E, N or 2N, K].
-
-    a may be FP8 codes already, with a_scale; out may take some, with a factor a column tile in out_scale.
-    """
-    num_pairs, N = out.shape
-    block_n = max(16, min(tile.block_n, next_power_of_2(N)))
-    block_k = max(32 if quantize else 16, min(tile.block_k, next_power_of_2(a.shape[1])))
-    scale_n, scale_k, second_scale, pack, fp8 = GROUP, GROUP, 0, 0, False
-    if scale is not None:
-        scale = scale.contiguous()
-        blocks = scale.shape[1] // 2 if swiglu else scale.shape[1]
-        second_scale, fp8 = blocks * scale.stride(1), weight.dtype is FP8
-        if fp8:
-            weight = weight_codes(weight)
-            scale_n, scale_k = block_size(weight[:, :N], scale[:, :blocks])
-            block_k = min(block_k, scale_k, GROUP if quantize else block_k)
-        else:
-            scale_n, (block_k, scale_k) = 1, step_of(weight, scale, tile.block_k, a.shape[1])
-            weight, pack = stored_words(weight)
-    upcast = interpreting() and not a.is_cuda
-    if quantize and a_scale is None:
-        a, a_scale = quantize_tokens(a) if fp8 else quantize_int8_tokens(a)
-    elif a_scale is None:
-        a_scale = a  # not read
-    _grouped_kernel[(cdiv(N, block_n), tiles.max_tiles)](
-        a,
-        a_scale,
-        weight,
-        a if scale is None else scale,
-        a if zero is None else zero.contiguous(),
-        out,
-        out if out_scale is None else out_scale,
-        tiles.pairs,
-        tiles.experts,
-        num_pairs,
-        N,
-        a.shape[1],
-        a.stride(0),
-        a_scale.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        0 if scale is None else scale.stride(0),
-        0 if scale is None else scale.stride(1),
-        N * weight.stride(1),
-        second_scale,
-        PAIRS_PER_ROW=pairs_per_row,
-        SWIGLU=swiglu,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        GROUP_K=GROUP,
-        SCALE_N=scale_n,
-        SCALE_K=scale_k,
-        W_FP8=fp8,
-        A_FP8=quantize and fp8,
-        PACK=pack,
-        HAS_ZERO=zero is not None,
-        A_INT8=quantize and not fp8,
-        UPCAST=upcast,
-        ONE_FACTOR=fp8 and scale_n % block_n == 0,
-        OUT_FP8=out_scale is not None,
-        FP8_MAX=FP8_MAX,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+from .walking import walking_product, walks
 
 
 def fused_moe(
@@ -259,22 +58,26 @@ def fused_moe(
     out, values = x.new_empty(x.shape), x.new_empty((tokens * top_k, hidden))
     # Where a tile of gate and up is as wide as a group of the next product's inputs, it rounds them itself.
     fp8 = way.quantize and w13.dtype is FP8
-    rounds = fp8 and config.gate_up.block_n == GROUP and inner % GROUP == 0
+    walking = walks(w2, w2_scale, way.quantize, config.block_m)  # which rounds them, too
+    rounds = fp8 and not walking and config.gate_up.block_n == GROUP and inner % GROUP == 0
     activated = x.new_empty((tokens * top_k, inner), dtype=FP8 if rounds else x.dtype)
     scale = x.new_empty((tokens * top_k, inner // GROUP), dtype=torch.float32) if rounds else None
     x_scale = None
     if way.chunks:
-        tiles, _ = align(topk_ids, num_experts, config.block_m)
+        tiles, _ = align(topk_ids, num_experts, config.block_m, way.early)
     else:
         prepare = tiles_apart if way.apart else tiles_in_order
-        tiles, x, x_scale = prepare(topk_ids, num_experts, config.block_m, x, rounds=fp8)
-    _grouped(
+        tiles, x, x_scale = prepare(topk_ids, num_experts, config.block_m, x, fp8, way.early)
+    grouped_product(
         x, w13, w13_scale, w13_zero, tiles, config.gate_up, activated,
-        pairs_per_row=top_k, swiglu=True, quantize=way.quantize, a_scale=x_scale, out_scale=scale,
+        pairs_per_row=top_k, swiglu=True, quantize=way.quantize, a_scale=x_scale, out_scale=scale, early=way.early,
     )  # fmt: skip
-    _grouped(
-        activated, w2, w2_scale, w2_zero, tiles, config.down, values,
-        pairs_per_row=1, swiglu=False, quantize=way.quantize, a_scale=scale,
-    )  # fmt: skip
-    weighted_sum(values, None, topk_weights, topk_ids, num_experts, out)
+    if walking and w2_scale is not None:
+        walking_product(activated, w2, w2_scale, tiles, values, way.early)
+    else:
+        grouped_product(
+            activated, w2, w2_scale, w2_zero, tiles, config.down, values,
+            pairs_per_row=1, swiglu=False, quantize=way.quantize, a_scale=scale, early=way.early,
+        )  # fmt: skip
+    weighted_sum(values, None, topk_weights, topk_ids, num_experts, out, few=not way.chunks, early=way.early)
     return out

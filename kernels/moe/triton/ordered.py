@@ -10,6 +10,7 @@ give equal bits.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from ...dispatch import interpreting
 from ...gemm.reference import FP8_MAX, GROUP
@@ -44,9 +45,12 @@ def _ordered_kernel(
     ROWS: tl.constexpr,
     FP8_MAX: tl.constexpr,
     GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The first programs see to an expert's tiles each, others (ROUND) to a group of some tokens' values."""
+    if EARLY:
+        cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < num_experts:
         lanes = tl.arange(0, SCAN)
@@ -84,12 +88,13 @@ def _ordered_kernel(
 
 
 def tiles_in_order(
-    topk_ids: torch.Tensor, num_experts: int, block_m: int, x: torch.Tensor, rounds: bool
+    topk_ids: torch.Tensor, num_experts: int, block_m: int, x: torch.Tensor, rounds: bool, early: bool = False
 ) -> tuple[Tiles, torch.Tensor, torch.Tensor | None]:
     """The pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, num_experts) stay out.
 
     Unused tiles lie between the others. With `rounds` x [M, H], of last stride 1, becomes codes and factors, the same
-    bits as of `quantize_tokens`; else it comes back as it is, without factors.
+    bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets
+    the next launch begin.
     """
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)
@@ -115,6 +120,7 @@ def tiles_in_order(
         ROWS=_ROWS,
         FP8_MAX=FP8_MAX,
         GROUP=GROUP,
+        EARLY=early,
         INTERPRETED=interpreting() and not x.is_cuda,
         num_warps=4,
     )

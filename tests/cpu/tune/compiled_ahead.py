@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from qwen3next_plugin.kernels.moe import triton as moe
 from qwen3next_plugin.kernels.moe.config import MoeConfig, Tile, forced
-from qwen3next_plugin.kernels.moe.triton.experts import _grouped_kernel
+from qwen3next_plugin.kernels.moe.triton.grouped import _grouped_kernel
 from qwen3next_plugin.tune.ahead import compile_ahead
 from tests.kernels.compile_layers import NamesTargetOnly, compile_only
 
