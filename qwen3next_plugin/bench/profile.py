@@ -48,6 +48,10 @@ _PATTERNS = tuple(
 )
 
 
+NAME_CHARACTERS = 160
+"""Of a kernel's name in files: templates' names go on for pages."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel, copy or fill on the GPU: name, start and length in microseconds."""
@@ -119,7 +123,7 @@ def summarize(launches: list[Launch], steps: int, layers: int) -> dict[str, Any]
             for part, (ms, count) in parts.items()
         },
         "longest": [
-            {"name": name[:160], "part": part_of(name), "ms": _short(ms), "launches": _short(count)}
+            {"name": name[:NAME_CHARACTERS], "part": part_of(name), "ms": _short(ms), "launches": _short(count)}
             for name, (ms, count) in sorted(names.items(), key=lambda item: -item[1][0])[:25]
         ],
     }

@@ -17,7 +17,7 @@ from qwen3next_plugin.errors import SettingsError
 from qwen3next_plugin.serve.processes import running, stop_on_termination
 
 from ..engines import EngineSetup
-from .cases import ALL_CASES, Kind, family_and_size, parse_cases
+from .cases import ALL_CASES, Kind, family_and_size, parse_cases, profiled_among
 from .command import GPU_LOST
 
 _MOST_JOBS = 16
@@ -28,7 +28,7 @@ _RUN = "from qwen3next_plugin.cli import main; import sys; sys.argv[0] = 'qwen3n
 @dataclass(frozen=True)
 class Request:
     """What is asked for: rows of either kind, where the engines are, where results and logs go, how long and how many
-    rehearsals side by side (None: as the machine has cores), and the commit that is measured.
+    rehearsals side by side (None: as the machine has cores), the commit that is measured, and which rows to profile.
     """
 
     rows: str
@@ -38,6 +38,7 @@ class Request:
     minutes: float | None = None
     jobs: int | None = None
     commit: str | None = None
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def run_both(request: Request) -> None:
     is said, in its run. Raises SettingsError for a bad request or a run that ended with an error.
     """
     rows, engines = rows_of(request.rows), list(request.setups)
+    profiled = profiled_among([name for names in rows.values() for name in names], request.profile)
     begin = time.monotonic()
     stop_on_termination()
     jobs = min(len(os.sched_getaffinity(0)), _MOST_JOBS) if request.jobs is None else request.jobs
@@ -97,7 +99,9 @@ def run_both(request: Request) -> None:
         _rehearse(request, rehearsals(rows, engines), variables, jobs)
     for kind, names in rows.items():
         for engine in engines:
-            further = ["--out", str(request.out.absolute())]
+            mine = ",".join(name for name in names if name in profiled)
+            further = ["--profile", mine] if mine else []
+            further += ["--out", str(request.out.absolute())]
             further += [] if request.commit is None else ["--commit", request.commit]
             if request.minutes is not None:
                 left = request.minutes - (time.monotonic() - begin) / 60

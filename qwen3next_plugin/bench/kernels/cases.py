@@ -1,6 +1,7 @@
 """What is measured: operations of a layer by their names, with the sizes in them."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -96,3 +97,17 @@ def parse_cases(kind: Kind, text: str) -> list[Case]:
             raise SettingsError(f"--rows: {word!r} fits no row of {kind}.")
         names += fitting or [word]
     return [parse_case(kind, name) for name in dict.fromkeys(names)]
+
+
+def profiled_among(names: Sequence[str], text: str) -> list[str]:
+    """Those of the rows run whose profile is asked for, by names or patterns with commas between; "all" is every one.
+
+    Raises SettingsError for a name or pattern that fits none of them.
+    """
+    found: set[str] = set()
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        fitting = [name for name in names if word == "all" or fnmatchcase(name, word)]
+        if not fitting:
+            raise SettingsError(f"--profile: {word!r} fits none of the rows that are run: ask for it in --rows too.")
+        found.update(fitting)
+    return [name for name in names if name in found]

@@ -1,10 +1,11 @@
 """Which files of single operations may be believed."""
 
+import math
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from .bounds import fastest, share_of_ceiling
+from .bounds import fastest, seconds_of, share_of_ceiling
 from .state import FORMAT
 
 KINDS = ("kernels", "moe")
@@ -15,6 +16,8 @@ MOST_ERROR = 0.02
 """Relative error of this project's outputs, which bf16 sums and one rounding leave far below."""
 MOST_APART = 0.25
 """How far the same kernel may be apart in the runs of one file."""
+MOST_IN_KERNELS = 1.5
+"""Of a series' own time: kernels that begin before the one in front has ended count twice where they overlap."""
 
 _HEAD = ("commit", "plugin_version", "gpu", "runs", "rows")
 _ROW = ("unit", "work", "own", "plugin", "plugin_is", "stock", "peer", "peers", "bytes", "flops", "products")
@@ -68,6 +71,7 @@ def _row(row: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
         return
     yield from _measurements(row)
     yield from _summary(row)
+    yield from _profiles(row)
     if row["share_of_ceiling"] is None:
         yield "share_of_ceiling is missing."
     else:
@@ -135,3 +139,29 @@ def _share(row: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
     found, _ = share_of_ceiling(row, median(values), ceilings)
     if abs(found - row["share_of_ceiling"]) > 0.01 * found:
         yield f"share_of_ceiling is {row['share_of_ceiling']}, but bytes, products and ceilings make it {found}."
+
+
+def _profiles(row: dict[str, Any]) -> Iterator[str]:
+    """Whether profiles, where there are any, are of what was timed and no longer than that."""
+    for name, found in row.get("profile", {}).items():
+        if found.get("why"):
+            continue
+        kernels = found.get("kernels") or [{}]
+        if not all(
+            kernel.get("name") and _is_positive(kernel.get("us")) and _is_positive(kernel.get("launches"))
+            for kernel in kernels
+        ):
+            yield f"profile: {name} has no kernels, or one without its name, microseconds or launches."
+            continue
+        total = math.fsum(kernel["us"] for kernel in kernels)
+        if not _is_positive(found.get("us")) or abs(found["us"] - total) > 0.01 * total:
+            yield f"profile: {name} is {found.get('us')} us, but its kernels take {total:.5g}."
+        values = row["repeats"].get(name)
+        if not values:
+            yield f"profile: {name} was not timed."
+        elif total > MOST_IN_KERNELS * 1e6 * seconds_of(median(values), row["unit"]):
+            yield f"profile: the kernels of {name} take {total:.5g} us, and its repeats {median(values)} {row['unit']}."
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0

@@ -13,6 +13,9 @@ from .cases import Kind
 
 _PEERS = typer.Option(help="vllm or sglang: the engine that this Python has.")
 _ROWS = typer.Option(help="Names or patterns with commas between, or all.")
+_PROFILE = typer.Option(
+    help="Names or patterns of rows that are run, or all of them: adds GPU time by kernel, once all rows are timed."
+)
 _MINUTES = typer.Option(help="Begin no row later than this.")
 _OUT = typer.Option(help="Where <gpu>/<kind>.json and its state files go.")
 VLLM_PYTHON = typer.Option(help="The Python that has vLLM.")
@@ -28,31 +31,34 @@ GPU_LOST = 3  # exit code: run the same command again
 def kernels(
     peers: Annotated[str, _PEERS],
     rows: Annotated[str, _ROWS] = "all",
+    profile: Annotated[str, _PROFILE] = "",
     minutes: Annotated[float | None, _MINUTES] = None,
     out: Annotated[Path, _OUT] = Path("benchmarks/results"),
     commit: Annotated[str | None, _COMMIT] = None,
     rehearse: Annotated[bool, _REHEARSE] = False,
 ) -> None:
     """Measure the layers' operations beside one engine's own; run it once an engine, on one machine."""
-    _run("kernels", peers, rows, minutes, out, commit, rehearse)
+    _run("kernels", peers, rows, minutes, out, commit, profile, rehearse)
 
 
 def moe(
     peers: Annotated[str, _PEERS],
     rows: Annotated[str, _ROWS] = "all",
+    profile: Annotated[str, _PROFILE] = "",
     minutes: Annotated[float | None, _MINUTES] = None,
     out: Annotated[Path, _OUT] = Path("benchmarks/results"),
     commit: Annotated[str | None, _COMMIT] = None,
     rehearse: Annotated[bool, _REHEARSE] = False,
 ) -> None:
     """Measure the mixture of experts beside one engine's own; run it once an engine, on one machine."""
-    _run("moe", peers, rows, minutes, out, commit, rehearse)
+    _run("moe", peers, rows, minutes, out, commit, profile, rehearse)
 
 
 def both(
     rows: Annotated[
         str, typer.Option(help="Names or patterns of kernels and moe with commas between, or all.")
     ] = "all",
+    profile: Annotated[str, _PROFILE] = "",
     minutes: Annotated[float | None, _MINUTES] = None,
     out: Annotated[Path, _OUT] = Path("benchmarks/results"),
     jobs: Annotated[
@@ -70,7 +76,7 @@ def both(
     from .both import Request, run_both
 
     setups = {"vllm": EngineSetup(vllm_python, vllm_env), "sglang": EngineSetup(sglang_python, sglang_env)}
-    run_both(Request(rows, setups, out, work, minutes, jobs, commit))
+    run_both(Request(rows, setups, out, work, minutes, jobs, commit, profile))
 
 
 def merge_states(
@@ -86,7 +92,14 @@ def merge_states(
 
 
 def _run(
-    kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None, rehearse: bool
+    kind: Kind,
+    peers: str,
+    rows: str,
+    minutes: float | None,
+    out: Path,
+    commit: str | None,
+    profile: str,
+    rehearse: bool,
 ) -> None:
     from .measure import GpuLostError
     from .session import rehearse_parts, run_parts
@@ -95,7 +108,7 @@ def _run(
         if rehearse:
             rehearse_parts(kind, peers, rows)
         else:
-            print(run_parts(kind, peers, rows, minutes, out, commit))
+            print(run_parts(kind, peers, rows, minutes, out, commit, profile))
     except GpuLostError as lost:
         print(f"qwen3next: {lost}", file=sys.stderr)
         raise typer.Exit(GPU_LOST) from None

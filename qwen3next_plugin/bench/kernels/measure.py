@@ -66,9 +66,7 @@ class Run:
             row["series"][died[1]] = {"value": None, "why": DIED}
         self.state.attempt(case.name, "own")
         try:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # what is free decides how many copies of the inputs are made
-            work = self.build(case, self.spec, self.engine, self.device)
+            work = self.made(case)
         except Exception as error:
             row["series"]["own"] = {"value": None, "why": one_line(error)}
             self._close(row, f"{case.name}: {one_line(error)}")
@@ -93,6 +91,12 @@ class Run:
                     raise GpuLostError(f"the GPU was lost with {name} in {case.name}: run the same command again.")
         found = ", ".join(f"{name} {one['value']}" for name, one in row["series"].items())
         self._close(row, f"{case.name}: {found} {case.unit}")
+
+    def made(self, case: Case) -> Work:
+        """The case with its inputs on the device. Raises whatever stops them from being made."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free decides how many copies of the inputs are made
+        return self.build(case, self.spec, self.engine, self.device)
 
     def _close(self, row: dict[str, Any], said: str) -> None:
         row["done"] = True

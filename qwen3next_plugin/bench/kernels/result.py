@@ -74,6 +74,9 @@ def _row(case: str, parts: list[Part]) -> dict[str, Any]:
             entry["share_of_ceiling"], entry["bound_by"] = share_of_ceiling(entry, value, about["ceilings"])
     measured = {name: one for name, one in series.items() if one["value"] is not None}
     entry |= {key: {name: one[key] for name, one in measured.items()} for key in _DETAILS}
+    profiles = {f"{name}@{engine}": one for engine, _, row in parts for name, one in row.get("profile", {}).items()}
+    if profiles:
+        entry["profile"] = profiles
     entry["why"] = {name: one["why"] for name, one in series.items() if one["value"] is None}
     return entry | first["facts"]
 

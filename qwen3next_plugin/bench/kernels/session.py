@@ -21,8 +21,9 @@ from qwen3next_plugin.tune.gdn.engines import offer
 
 from ..ceilings import measure_ceilings
 from ..results import told_command, write_result
-from .cases import Case, Kind, parse_cases
+from .cases import Case, Kind, parse_cases, profiled_among
 from .gdn_work import gdn_work
+from .launches import profile_cases, profiled_launches
 from .layer_work import layer_work
 from .measure import Build, Run
 from .moe_work import MoeBuilder
@@ -43,13 +44,17 @@ def engine_named(peers: str) -> Engine:
     raise SettingsError(f"--peers: {peers!r} is not known: use vllm or sglang, whichever this Python has.")
 
 
-def run_parts(kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None) -> Path:
+def run_parts(
+    kind: Kind, peers: str, rows: str, minutes: float | None, out: Path, commit: str | None, profile: str = ""
+) -> Path:
     """Measures and writes ``<out>/<gpu>/<kind>.<peers>.state.json`` after every implementation, and what lies beside
     it merged into ``<kind>.json`` after every row, whose path comes back. Rows that the state has are not done again.
+    Those of ``profile`` are profiled when all are timed.
 
     Raises SettingsError for a bad request, a state of another machine or no GPU, and GpuLostError.
     """
     engine, cases = engine_named(peers), parse_cases(kind, rows)
+    profiled = profiled_among([case.name for case in cases], profile)
     timer, device, spec = _timer(GraphTimer), _device(), _spec()
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     folder = out / gpu_slug(torch.cuda.get_device_name(device))
@@ -59,6 +64,9 @@ def run_parts(kind: Kind, peers: str, rows: str, minutes: float | None, out: Pat
         state.data["about"] = _about(commit)
     run = Run(state, spec, engine, device, timer, builder(MoeBuilder(spec, device)))
     run.cases(cases, deadline, lambda: write_merged(result, kind))
+    # Last in the process: launches are slower from the first profile on.
+    chosen = [case for case in cases if case.name in profiled]
+    profile_cases(run, chosen, profiled_launches, deadline, lambda: write_merged(result, kind))
     return result
 
 

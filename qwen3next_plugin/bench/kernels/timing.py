@@ -38,18 +38,9 @@ class GraphTimer:
     """Times on the current GPU."""
 
     def __call__(self, calls: Sequence[Call]) -> Times:
-        """As `Timer`. What cannot be captured (it asks the GPU for a value) is launched from Python instead."""
-        all_calls = partial(_one_after_another, calls)
-        all_calls()  # compiles, tunes itself
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                all_calls()
-        except Exception:
-            torch.cuda.synchronize()  # raises where the GPU is lost
-            return Times(_repeated(all_calls, len(calls)), "eager")
-        return Times(_repeated(graph.replay, len(calls)), "graph")
+        """As `Timer`."""
+        launch, how = launcher(calls)
+        return Times(_repeated(launch, len(calls)), how)
 
     def alive(self) -> bool:
         """Whether a small tensor can be made and read back."""
@@ -85,14 +76,37 @@ def graph_timer(kind: type[GraphTimer] = GraphTimer) -> GraphTimer:
     return kind()
 
 
+def launcher(calls: Sequence[Call]) -> tuple[Callable[[], None], str]:
+    """What launches all calls on the current GPU, after they ran once, and how, as in `Times`.
+
+    What cannot be captured (it asks the GPU for a value) is launched from Python. Raises RuntimeError where the GPU is
+    lost.
+    """
+    all_calls = partial(_one_after_another, calls)
+    all_calls()  # compiles, tunes itself
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            all_calls()
+    except Exception:
+        torch.cuda.synchronize()  # raises where the GPU is lost
+        return all_calls, "eager"
+    return graph.replay, "graph"
+
+
+def times_a_repeat(action: Callable[[], None]) -> int:
+    """How often an action has to run on the GPU for REPEAT_MS, at least once."""
+    return max(1, round(REPEAT_MS / max(_milliseconds(action, 2), 1e-3)))
+
+
 def _one_after_another(calls: Sequence[Call]) -> None:
     for call in calls:
         call()
 
 
 def _repeated(action: Callable[[], None], calls: int) -> tuple[float, ...]:
-    first = _milliseconds(action, 2)
-    times = max(1, round(REPEAT_MS / max(first, 1e-3)))
+    times = times_a_repeat(action)
     return tuple(_milliseconds(action, times) * 1e-3 / calls for _ in range(REPEATS))
 
 
