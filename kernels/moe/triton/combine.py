@@ -29,7 +29,8 @@ def _weighted_sum_kernel(
         cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    values, factors = (), ()
+    values = ()
+    factors = ()
     for choice in tl.static_range(TOP_K):  # all are on their way before one is waited for
         expert = tl.load(ids_ptr + token * ids_stride + choice)
         weight = tl.load(weights_ptr + token * weights_stride + choice).to(tl.float32)
@@ -38,7 +39,9 @@ def _weighted_sum_kernel(
         if PLACED:
             row = tl.load(places_ptr + row, mask=held, other=0).to(tl.int64)
         value = tl.load(values_ptr + row * H + cols, mask=cols < tl.where(held, H, 0), other=0.0)
-        values, factors = values + (value,), factors + (tl.where(held, weight, 0.0),)
+        factor = tl.where(held, weight, 0.0)
+        values = values + (value,)  # type: ignore[assignment]
+        factors = factors + (factor,)  # type: ignore[assignment]
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
         total += factors[choice] * values[choice].to(tl.float32)

@@ -59,14 +59,16 @@ def _walking_kernel(
         pairs = tl.load(pairs_ptr + tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         used = pairs < num_pairs
         ks = tl.arange(0, BLOCK_K)
-        inputs, factors = (), ()
+        inputs = ()
+        factors = ()
         for part in tl.static_range(PARTS):
             places = pairs[:, None] * (PARTS * BLOCK_K) + part * BLOCK_K + ks[None, :]
             a = tl.load(a_ptr + places, mask=used[:, None], other=0.0).to(tl.float32)
             a, factor = round_to_fp8(a, FP8_MAX, UPCAST)
             if not UPCAST:
                 a = a.to(tl.float8e4nv)
-            inputs, factors = inputs + (a,), factors + (factor,)
+            inputs = inputs + (a,)  # type: ignore[assignment]
+            factors = factors + (factor,)  # type: ignore[assignment]
         first = tl.program_id(0) * (TILES * BLOCK_N)
         cols = first + tl.arange(0, BLOCK_N)
         w_ptrs = w_ptr + expert * w_stride_e + cols.to(tl.int64)[None, :] * w_stride_n + ks[:, None]
