@@ -16,7 +16,7 @@ from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import round_to_fp8
 from .align import Tiles
 
-MOST_COLUMNS = 256  # of a row of weights
+MOST_COLUMNS = 128  # of a row of weights
 _BLOCK_M = 16  # of the tiles that an H200 was quicker with; higher ones meet products of other kinds
 _WALKS = 4  # programs that share an expert's columns
 _COLUMNS = 128  # of them at a time
