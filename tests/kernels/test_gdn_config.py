@@ -107,7 +107,9 @@ def test_tables_that_a_kernel_meets() -> None:
     assert {rule.tile.form for rule in other.verify} == {STEPS}, "where nothing of this was measured"
     assert other.states == (), "as little"
     for one, size, tokens in product((table, h200), (4, 2), range(1, 9)):
-        assert [config.states_tile(one, size, tokens, count) for count in (511, 512)] == [None, StatesTile(32, 4)]
+        from_which, warps = (256, 8) if size == 4 else (512, 4)
+        found_states = [config.states_tile(one, size, tokens, from_which - less) for less in (1, 0)]
+        assert found_states == [None, StatesTile(64, warps)]
         assert config.states_tile(one, size, 9, 8192) is None
     assert config.own_prefill(table, 1, 1) == OwnPrefill("merging", 4, 168, 3)
     assert config.own_prefill(config.find(Target("NVIDIA L40S", (8, 9))).table, 1, 1) == OwnPrefill()
