@@ -49,7 +49,10 @@ class Clock:
         self.count += 1
         for call in calls:
             call()
-        return Times(tuple((self.count + n / 100) * 1e-6 for n in range(5)), "graph")
+        return Times(tuple(1e-6 * microseconds for microseconds in self.times()), "graph")
+
+    def times(self) -> tuple[float, ...]:
+        return tuple(self.count + n / 100 for n in range(5))
 
     def alive(self) -> bool:
         return not self.lost
@@ -156,6 +159,17 @@ def test_of_alternatives_the_fastest_counts_and_those_that_fail_do_not(
     with_peers(monkeypatch, vllm=several)
     series = run_on(tmp_path / "s.json", "vllm", Clock(), ["norm-add-5"]).data["rows"]["norm-add-5"]["series"]
     assert series["vllm"]["config"] == "first"
+
+
+def test_repeats_that_are_apart_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long repeat is nothing, and neither is what stays so after the third time: the file shows it."""
+    apart, steady = (1.0, 1.3, 1.1, 1.2, 1.0), (1.0, 1.01, 9.0, 1.02, 1.03)
+    for found, kept in (([apart, steady], steady), ([apart] * 3, apart)):
+        left = iter(found)
+        clock = Clock()
+        monkeypatch.setattr(clock, "times", lambda left=left: next(left), raising=False)
+        row = run_on(tmp_path / f"{len(found)}.json", "vllm", clock, ["norm-add-5"]).data["rows"]["norm-add-5"]
+        assert row["series"]["own"]["repeats"] == list(kept) and next(left, None) is None
 
 
 def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
