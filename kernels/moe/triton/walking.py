@@ -16,7 +16,7 @@ from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import round_to_fp8
 from .align import Tiles
 
-MOST_COLUMNS = 128  # of a row of weights
+MOST_COLUMNS = GROUP  # of a row of weights: its inputs have one factor
 _BLOCK_M = 16  # of the tiles that an H200 was quicker with; higher ones meet products of other kinds
 _WALKS = 4  # programs that share an expert's columns
 _COLUMNS = 128  # of them at a time
@@ -37,19 +37,17 @@ def _walking_kernel(
     w_stride_n,
     w_scale_stride_e,
     w_scale_stride_n,
-    PARTS: tl.constexpr,
+    K: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
     STAGES: tl.constexpr,
     FP8_MAX: tl.constexpr,
     UPCAST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out[p, n] = a[p] . w[expert of p, n] in PARTS of BLOCK_K columns of a, rounded as `quantize_tokens` does."""
+    """out[p, n] = a[p] . w[expert of p, n], of rows with K columns and a rounded as `quantize_tokens` does."""
     if EARLY:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -58,30 +56,21 @@ def _walking_kernel(
     if expert >= 0:
         pairs = tl.load(pairs_ptr + tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         used = pairs < num_pairs
-        ks = tl.arange(0, BLOCK_K)
-        inputs = ()
-        factors = ()
-        for part in tl.static_range(PARTS):
-            places = pairs[:, None] * (PARTS * BLOCK_K) + part * BLOCK_K + ks[None, :]
-            a = tl.load(a_ptr + places, mask=used[:, None], other=0.0).to(tl.float32)
-            a, factor = round_to_fp8(a, FP8_MAX, UPCAST)
-            if not UPCAST:
-                a = a.to(tl.float8e4nv)
-            inputs = inputs + (a,)  # type: ignore[assignment]
-            factors = factors + (factor,)  # type: ignore[assignment]
+        ks = tl.arange(0, K)
+        a = tl.load(a_ptr + pairs[:, None] * K + ks[None, :], mask=used[:, None], other=0.0).to(tl.float32)
+        a, factors = round_to_fp8(a, FP8_MAX, UPCAST)
+        if not UPCAST:
+            a = a.to(tl.float8e4nv)
         first = tl.program_id(0) * (TILES * BLOCK_N)
         cols = first + tl.arange(0, BLOCK_N)
         w_ptrs = w_ptr + expert * w_stride_e + cols.to(tl.int64)[None, :] * w_stride_n + ks[:, None]
         out_ptrs = out_ptr + pairs[:, None] * N + cols[None, :]
         for n in tl.range(0, TILES * BLOCK_N, BLOCK_N, num_stages=STAGES):
-            scales = w_scale_ptr + expert * w_scale_stride_e + (first + n) // SCALE_N * w_scale_stride_n
-            total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            for part in tl.static_range(PARTS):
-                w = tl.load(w_ptrs + n * w_stride_n + part * BLOCK_K)
-                if UPCAST:
-                    w = w.to(tl.float32)
-                scale = tl.load(scales + part * BLOCK_K // SCALE_K)
-                total += tl.dot(inputs[part], w, input_precision="ieee") * (factors[part][:, None] * scale)
+            w = tl.load(w_ptrs + n * w_stride_n)
+            if UPCAST:
+                w = w.to(tl.float32)
+            scale = tl.load(w_scale_ptr + expert * w_scale_stride_e + (first + n) // SCALE_N * w_scale_stride_n)
+            total = tl.dot(a, w, input_precision="ieee") * (factors[:, None] * scale)
             tl.store(out_ptrs + n, total.to(out_ptr.dtype.element_ty), mask=used[:, None])
 
 
@@ -97,7 +86,7 @@ def walks(weight: torch.Tensor, scale: torch.Tensor | None, quantize: bool, bloc
     _, N, K = weight.shape
     if scale is None or weight.dtype is not FP8 or not quantize or block_m != _BLOCK_M:
         return False
-    if K > MOST_COLUMNS or K < 32 or K & (K - 1) or block_size(weight, scale)[1] < min(K, GROUP):
+    if K > MOST_COLUMNS or K < 32 or K & (K - 1) or block_size(weight, scale)[1] < K:
         return False
     return N % (_WALKS * _block_n(weight, scale)) == 0
 
@@ -107,8 +96,8 @@ def walking_product(
 ) -> None:
     """Fill out [pairs, N] from a [pairs, K] and FP8 weight [E, N, K] with factors of blocks, where `walks` says so."""
     (num_pairs, N), K, block_n = out.shape, a.shape[1], _block_n(weight, scale)
-    scale_n, scale_k = block_size(weight, scale)
-    scale, weight, block_k = scale.contiguous(), weight_codes(weight), min(GROUP, K)
+    scale_n, _ = block_size(weight, scale)
+    scale, weight = scale.contiguous(), weight_codes(weight)
     _walking_kernel[(_WALKS, tiles.max_tiles)](
         a,
         weight,
@@ -122,13 +111,11 @@ def walking_product(
         weight.stride(1),
         scale.stride(0),
         scale.stride(1),
-        PARTS=K // block_k,
+        K=K,
         TILES=N // (_WALKS * block_n),
         BLOCK_M=tiles.block_m,
         BLOCK_N=block_n,
-        BLOCK_K=block_k,
         SCALE_N=scale_n,
-        SCALE_K=scale_k,
         STAGES=3,
         FP8_MAX=FP8_MAX,
         UPCAST=interpreting() and not a.is_cuda,
