@@ -18,7 +18,7 @@ from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from .kernels import dispatch
-from .kernels.gemm import few_matmul, few_matmul_pair, fits_few, most_rows
+from .kernels.gemm import few_matmul, few_matmul_pair, fits_few, runs_few
 from .kernels.rope import sigmoid_gate
 
 _BY_NAME: "weakref.WeakValueDictionary[str, FewRows]" = weakref.WeakValueDictionary()
@@ -130,7 +130,7 @@ def _run(
     second: torch.Tensor | None,
     second_scale_inv: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    if x.shape[0] > most_rows(weight):
+    if not runs_few(x.shape[0], weight):
         return few.by_engine(x, gate)
     if second is None:
         return [few_matmul(x, weight, scale_inv, gate)]

@@ -9,8 +9,8 @@ from .reference import FP8, block_size, dequantize_block, has_row_factors
 
 MAX_ROWS = 16
 UNEVEN_ROWS = 8
-_WIDE = 8192  # rows of a weight from which on tiles of 32 share the multiprocessors
-_TILE = 32
+WIDE_ROWS = 8192  # of a weight, from which on its tiles have more rows
+WIDE_TILE = 32
 
 dispatch.declare("few_matmul", cuda=(dispatch.Choice(f"up to {MAX_ROWS} rows", why="one launch, activations kept"),))
 
@@ -40,17 +40,21 @@ def fits_few(x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | No
     return weight.dtype is FP8 and scale_inv.device == x.device and _blocks_fit(weight, scale_inv)
 
 
-def most_rows(weight: torch.Tensor) -> int:
-    """Up to how many rows `few_matmul` is quicker than an engine's own product with this weight [N, K].
+def _leaves_idle(weight: torch.Tensor) -> bool:
+    """Whether the last round of a wide FP8 weight's tiles, one a multiprocessor at a time, leaves most of them idle."""
+    if weight.dtype is not FP8 or weight.shape[0] < WIDE_ROWS or not has_fp8_units(weight.device):
+        return False
+    rounds = weight.shape[0] / WIDE_TILE / torch.cuda.get_device_properties(weight.device).multi_processor_count
+    return 0 < rounds % 1 < 0.5
 
-    More than `UNEVEN_ROWS` rows need tiles of 32 rows of a wide FP8 weight, of which each multiprocessor takes one at a
-    time. If the last round of them leaves most idle, the time for it is lost: 9,216 rows, 2.2 rounds of an H200, took
-    9.7 us and the engines 9.2 to 10; 12,288 rows, 2.9 rounds, 10.7 and 10.8.
+
+def runs_few(rows: int, weight: torch.Tensor) -> bool:
+    """Whether so many rows are `few_matmul`'s with this weight [N, K], rather than an engine's own product's.
+
+    More than `UNEVEN_ROWS` rows need tiles of `WIDE_TILE` rows of a wide FP8 weight. 9,216 rows are 2.2 rounds of an
+    H200's multiprocessors, which took 10.0 us, and the engines 9.3 and 9.8; 12,288 rows, 2.9 rounds, 10.7 and 10.9.
     """
-    if weight.dtype is not FP8 or weight.shape[0] < _WIDE or not weight.is_cuda or not has_fp8_units(weight.device):
-        return MAX_ROWS
-    rounds = weight.shape[0] / _TILE / torch.cuda.get_device_properties(weight.device).multi_processor_count
-    return UNEVEN_ROWS if 0 < rounds % 1 < 0.5 else MAX_ROWS
+    return rows <= UNEVEN_ROWS or (rows <= MAX_ROWS and not _leaves_idle(weight))
 
 
 def _check(op: str, x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tensor | None, name: str) -> None:

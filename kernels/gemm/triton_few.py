@@ -13,6 +13,7 @@ import torch
 from ..dispatch import interpreting
 from ..integers import cdiv, next_power_of_2
 from ..rope.triton import sigmoid_gate
+from .few import WIDE_ROWS, WIDE_TILE
 from .policy import weight_codes
 from .reference import GROUP, block_size
 from .triton_few_kernel import few_matmul_kernel
@@ -22,7 +23,6 @@ _TILE_ROWS = (8, 16)  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
 _PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
-_WIDE = 32 * _PROGRAMS  # rows of a weight
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tile:
 
 def takes_vectors(rows_of_x: int, weight: torch.Tensor) -> bool:
     """Whether so many rows with ``weight`` [N, K] are vector products."""
-    wide = weight.shape[0] >= _WIDE and weight.element_size() == 1
+    wide = weight.shape[0] >= WIDE_ROWS and weight.element_size() == 1
     return rows_of_x <= (1 if wide else VECTOR_ROWS)
 
 
@@ -55,10 +55,10 @@ def tile_of(rows_of_x: int, weight: torch.Tensor, first: Tile | None = None) -> 
         return Tile(True, rows, columns, num_warps=columns * size // (32 * _LOAD_BYTES))
     if first is not None:  # its warps, each with as many columns
         return Tile(False, 16, first.columns, first.num_warps, first.num_stages)
-    if n >= _WIDE:
+    if n >= WIDE_ROWS:
         if size == 1:
-            return Tile(False, 16 if rows_of_x <= _TILE_ROWS[0] else 32, 256, num_warps=2, num_stages=3)
-        return Tile(False, 32, 512, num_warps=4, num_stages=3)
+            return Tile(False, 16 if rows_of_x <= _TILE_ROWS[0] else WIDE_TILE, 256, num_warps=2, num_stages=3)
+        return Tile(False, WIDE_TILE, 512, num_warps=4, num_stages=3)
     return Tile(False, 16, 512, num_warps=4, num_stages=3)
 
 

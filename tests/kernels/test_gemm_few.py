@@ -1,5 +1,7 @@
 """Products of a few rows with weights as they are stored, against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -180,3 +182,22 @@ def test_which_weights_fit(device: str) -> None:
     ):
         assert not gemm.fits_few(x, weight, factors)
     assert not gemm.fits_few(x[0], plain, None) and not gemm.fits_few(x.double(), plain.double(), None)
+
+
+def test_the_engine_takes_rows_whose_tiles_leave_most_of_a_round_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide FP8 weights alone, from nine rows on; two rows of them are matrix products, of other weights vectors."""
+    monkeypatch.setattr(gemm.few, "has_fp8_units", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+
+    def weight(rows: int, dtype: torch.dtype = gemm.FP8) -> torch.Tensor:
+        return torch.empty(rows, 2048, dtype=dtype, device="meta")
+
+    taken = {rows: [gemm.runs_few(x, weight(rows)) for x in (1, 8, 9, 16, 17)] for rows in (2048, 9216, 12288)}
+    assert taken[2048] == taken[12288] == [True, True, True, True, False]
+    assert taken[9216] == [True, True, False, False, False]
+    assert gemm.runs_few(16, weight(9216, torch.bfloat16)) and not gemm.runs_few(17, weight(9216, torch.bfloat16))
+    shapes = (weight(9216), weight(2048), weight(9216, torch.bfloat16))
+    assert [triton_few.tile_of(2, one).vector for one in shapes] == [False, True, True]
+    assert all(triton_few.tile_of(1, one).vector for one in shapes)
+    first = triton_few.tile_of(2, shapes[0])
+    assert not triton_few.tile_of(2, shapes[1], first).vector, "one launch has one kind of product"

@@ -88,8 +88,8 @@ def tiles_apart(
     """The pairs of topk_ids [M, k] in tiles of block_m, one a pair where it begins one; other ids than [0, E) stay out.
 
     Only for numbers of pairs of which `ways.apart` says so. With `rounds` x [M, H], of last stride 1, becomes codes and
-    factors, the same bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets
-    the next launch begin.
+    factors, the same bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets the
+    next launch begin.
     """
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)

@@ -93,8 +93,8 @@ def tiles_in_order(
     """The pairs of topk_ids [M, k] by expert, stably, in tiles of block_m; other ids than [0, num_experts) stay out.
 
     Unused tiles lie between the others. With `rounds` x [M, H], of last stride 1, becomes codes and factors, the same
-    bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets
-    the next launch begin.
+    bits as of `quantize_tokens`; else it comes back as it is, without factors. early: lets the
+    next launch begin.
     """
     ids, (tokens, hidden) = topk_ids.reshape(-1), x.shape
     num_pairs, groups = ids.numel(), cdiv(hidden, GROUP)

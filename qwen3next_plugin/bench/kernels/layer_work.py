@@ -16,8 +16,8 @@ from qwen3next_plugin.kernels.gemm import (
     block_fp8_matmul,
     dequantize_block,
     few_matmul,
-    most_rows,
     quantize_block,
+    runs_few,
 )
 from qwen3next_plugin.kernels.norm import add_rms_norm
 from qwen3next_plugin.kernels.norm import reference as norm_reference
@@ -257,6 +257,7 @@ def _dense(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
         {"own": Prepared([partial(run, one) for one in copies])},
         {"": expected},
         lambda out: out,
-        engine_runs=case.tokens
-        > most_rows(copies[0].weight),  # our layers take few rows alone (`qwen3next_plugin.layers_few`)
+        engine_runs=not runs_few(
+            case.tokens, copies[0].weight
+        ),  # our layers take few rows alone (`qwen3next_plugin.layers_few`)
     )
