@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import LayerKind, Qwen3NextSpec
 from .kernels.gdn.step import GdnParameters
-from .kernels.rope import qk_norm_rope, sigmoid_gate
+from .kernels.rope import qk_norm_rope, qk_norm_rope_write, sigmoid_gate
 from .layers_base import ParallelLayers, WeightHolder, ZeroCentredRMSNorm, frozen_parameter
 from .layers_few import FewRows, take_few_rows
 from .layers_moe import GatedMLP, SparseMoE
@@ -94,6 +94,7 @@ class GatedAttentionParts(nn.Module):
         self.head_dim = attention.head_dim
         self.num_heads = attention.num_heads // layers.size
         self.num_kv_heads = max(1, attention.num_kv_heads // layers.size)
+        self.sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         self.qkv_proj = layers.qkv(
             spec.hidden_size,
             attention.head_dim,
@@ -115,19 +116,25 @@ class GatedAttentionParts(nn.Module):
         self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin, persistent=False)
 
-    def project(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate."""
-        return qk_norm_rope(
-            self.qkv_proj(hidden_states)[0],
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.cos_sin,
-            positions,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            eps=self.eps,
-        )
+    def project(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
+
+        cache: keys, values and slots as `kernels.rope.qk_norm_rope_write` takes them, to write k and v there, too.
+        """
+        qkv = self.qkv_proj(hidden_states)[0]
+        if cache is None:
+            return qk_norm_rope(qkv, *self.constants(), positions, **self.sizes, eps=self.eps)
+        gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
+        return *qk_norm_rope_write(qkv, *self.constants(), positions, gate, *cache, **self.sizes, eps=self.eps), gate
+
+    def constants(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q's and k's norm weights [D], and cos | sin [P, rotary_dim]."""
+        return self.q_norm.weight, self.k_norm.weight, self.cos_sin
 
     def finish(self, attended: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Both [T, heads * D] -> [T, hidden_size], summed over the ranks."""

@@ -26,7 +26,7 @@ from .kernels.gemm import FP8, MAX_ROWS, block_fp8_matmul, quantize_tokens, quan
 from .kernels.moe import add_shared_expert, fused_moe, route
 from .kernels.moe.config import forced
 from .kernels.moe.ways import LONG_SCAN, MANY_PAIRS, SHORT_SCAN, Way, apart, ways_up_to
-from .kernels.rope import qk_norm_rope, sigmoid_gate
+from .kernels.rope import qk_norm_rope, qk_norm_rope_write, sigmoid_gate
 from .layers import GatedAttentionParts, GdnParts
 from .layers_base import WeightHolder, ZeroCentredRMSNorm
 from .layers_few import FewRows, few_rows_of
@@ -36,6 +36,7 @@ from .layers_moe import Experts, SparseMoE
 from .warmup_gdn import launch_gdn
 from .warmup_rows import SKIPPED, StepRows
 
+_PAGE = 16
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 65)
 """On both sides of every number of tokens where a kernel's constants change: tiles of rows are powers of two up to 16,
 products have tiles of 16 rows up to 16 tokens, and FP8 activations are rounded from `gemm.policy.MIN_ROWS` on, row by
@@ -160,16 +161,14 @@ def _(module: ZeroCentredRMSNorm, serving: Serving) -> None:
 
 @_launch.register
 def _(module: GatedAttentionParts, serving: Serving) -> None:
-    sizes: dict[str, Any] = {
-        "num_heads": module.num_heads,
-        "num_kv_heads": module.num_kv_heads,
-        "head_dim": module.head_dim,
-    }
-    width = 2 * (module.num_heads + module.num_kv_heads) * module.head_dim
-    norms = (module.q_norm.weight, module.k_norm.weight, module.cos_sin)
+    width, heads = 2 * (module.num_heads + module.num_kv_heads) * module.head_dim, module.num_kv_heads
+    # Whose strides are as even as those of any cache, which is all that Triton looks at.
+    cache = serving.zeros(1, _PAGE, heads, 2 * module.head_dim).split(module.head_dim, dim=-1)
     for tokens in TOKENS:
         positions = serving.zeros(tokens, dtype=torch.int64)
-        q, _, _, gate = qk_norm_rope(serving.zeros(tokens, width), *norms, positions, **sizes, eps=module.eps)
+        call = (serving.zeros(tokens, width), *module.constants(), positions)
+        q, _, _, gate = qk_norm_rope(*call, **module.sizes, eps=module.eps)
+        qk_norm_rope_write(*call, gate, *cache, positions - 1, **module.sizes, eps=module.eps)
         sigmoid_gate(q, gate)
 
 

@@ -1,10 +1,12 @@
-"""Gated full attention inside SGLang: its projections and paged attention, our QK-norm, rotary and gate."""
+"""Gated full attention inside SGLang: its projections and paged attention, our QK-norm, rotary, cache write and gate."""
 
 from __future__ import annotations
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers import GatedAttentionParts
@@ -32,5 +34,27 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        q, k, v, gate = self.project(positions, hidden_states)
-        return self.finish(self.attn(q, k, v, forward_batch), gate)
+        cache = places_to_write(self.attn.layer_id, hidden_states, forward_batch.out_cache_loc)
+        q, k, v, gate = self.project(positions, hidden_states, cache)
+        return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=cache is None), gate)
+
+
+def places_to_write(
+    layer_id: int, hidden_states: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Keys and values [1, slots, kv heads, head_dim] of the layer and the tokens' slots, or None: SGLang writes them.
+
+    Ours are plain pools of the activations' dtype. Others quantise, translate slots or have another layout. A step
+    that torch.compile traces is SGLang's, too: there, padding is cut off inside its attention.
+    """
+    pool = getattr(get_attn_backend(), "token_to_kv_pool", None)
+    held = getattr(pool, "full_kv_pool", pool)
+    plain = (
+        type(held) is MHATokenToKVPool
+        and held.kv_cache_layout == "nhd"
+        and held.dtype == held.store_dtype == hidden_states.dtype
+    )
+    if not plain or slots.dtype != torch.int64 or not slots.is_contiguous() or torch.compiler.is_compiling():
+        return None
+    keys, values = pool.get_kv_buffer(layer_id)
+    return keys[None], values[None], slots

@@ -65,6 +65,15 @@ RELIANCES = [
         parameters=("last_correct_step_indices", "mamba_track_indices", "mamba_steps_to_track"),
     ),
     Reliance(_GRAPHS, "to compile kernels before graphs are captured"),
+    Reliance("sglang.srt.model_executor.forward_context.get_attn_backend", "to find the pool of keys and values"),
+    Reliance(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool", "to write keys and values", attributes=("get_kv_buffer",)
+    ),
+    Reliance(
+        "sglang.srt.layers.radix_attention.RadixAttention.forward",
+        "to write keys and values in its place",
+        parameters=("q", "k", "v", "forward_batch", "save_kv_cache"),
+    ),
     Reliance(_STATE_BUDGET, "to give the memory of drafts' states to requests", parameters=("total_rest_memory",)),
     Reliance(
         f"{_POOLS}.kv_cache_configurator.KVCacheConfigurator",

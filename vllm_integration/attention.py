@@ -1,14 +1,28 @@
-"""Gated full attention inside vLLM: vLLM's projections and paged attention, our QK-norm, rotary and gate."""
+"""Gated full attention inside vLLM: its projections and paged attention, our QK-norm, rotary, cache write and gate.
+
+A cache of the activations' dtype takes keys and values from the kernel that normalises and turns them: one launch where
+vLLM has two. As the slots to write are known to vLLM's attention alone, both are one operation for torch.compile. Other
+caches (FP8) are written by vLLM.
+"""
 
 from __future__ import annotations
 
 import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import get_attention_context, unified_attention_with_output
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
 
 from qwen3next_plugin.config import Qwen3NextSpec
+from qwen3next_plugin.kernels.rope import qk_norm_rope, qk_norm_rope_write
 from qwen3next_plugin.layers import GatedAttentionParts
 from qwen3next_plugin.layers_base import ParallelLayers
+
+from .names import ATTENTION_OP
+
+_ALIKE = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
+"""Backends that lay a cache out in one way, [pages, kv heads, page size, key then value], in any order in memory."""
 
 
 class Qwen3NextGatedAttention(GatedAttentionParts):
@@ -32,8 +46,81 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
+        self.writes = takes_our_writes(self.attn)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        q, k, v, gate = self.project(positions, hidden_states)
-        return self.finish(self.attn(q, k, v), gate)
+        if not self.writes:
+            q, k, v, gate = self.project(positions, hidden_states)
+            return self.finish(self.attn(q, k, v), gate)
+        qkv = self.qkv_proj(hidden_states)[0]
+        attended = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
+        gate = torch.empty_like(attended)
+        torch.ops.vllm.qwen3next_plugin_attention(
+            qkv, *self.constants(), positions, attended, gate, self.eps, _encode_layer_name(self.attn.layer_name)
+        )
+        return self.finish(attended, gate)
+
+
+def takes_our_writes(attn: Attention) -> bool:
+    """Whether the layer's cache is laid out as we write one, and holds keys and values as they are."""
+    return (
+        attn.attn_backend.get_name() in _ALIKE
+        and not attn.attn_backend.forward_includes_kv_cache_update
+        and attn.kv_cache_torch_dtype == attn.dtype
+        and attn.kv_sharing_target_layer_name is None
+    )
+
+
+def keys_and_values(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views [pages, page size, kv heads, head_dim] of vLLM's cache [pages, kv heads, page size, 2 * head_dim]."""
+    keys, values = kv_cache.transpose(1, 2).split(head_dim, dim=-1)
+    return keys, values
+
+
+@eager_break_during_capture
+def qwen3next_plugin_attention(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    attended: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+    layer_name: LayerNameType,
+) -> None:
+    """The custom op between the projections: opaque to torch.compile, fills `attended`, `gate` and the cache."""
+    _, attn, kv_cache, slots = get_attention_context(layer_name)
+    heads, kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_size
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    call = (qkv, q_weight, k_weight, cos_sin, positions)
+    if slots is None:  # vLLM's memory profiling runs without a cache
+        q, k, v, gates = qk_norm_rope(*call, **sizes, eps=eps)
+        gate.copy_(gates)
+    else:
+        q, k, v = qk_norm_rope_write(*call, gate, *keys_and_values(kv_cache, head_dim), slots, **sizes, eps=eps)
+    parts = (t.view(-1, n, head_dim) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads), (attended, heads)))
+    unified_attention_with_output(*parts, layer_name)
+
+
+def _attention_fake(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    attended: torch.Tensor,
+    gate: torch.Tensor,
+    eps: float,
+    layer_name: LayerNameType,
+) -> None:
+    return None
+
+
+direct_register_custom_op(
+    op_name=ATTENTION_OP.split("::")[1],
+    op_func=qwen3next_plugin_attention,
+    mutates_args=["attended", "gate"],
+    fake_impl=_attention_fake,
+)

@@ -7,7 +7,7 @@ import vllm
 from qwen3next_plugin.compat import Reliance, check_engine, check_reliances
 from qwen3next_plugin.settings import Settings
 
-from .names import GDN_CORE_OP
+from .names import SPLITTING_OPS
 
 PACKAGE = __package__
 _MAMBA = "model_executor.layers.mamba.mamba_utils"
@@ -22,9 +22,11 @@ RELIANCES = [
         ("config.model.MODEL_ARCH_CONFIG_CONVERTORS", "to complete the rope before the context length is derived"),
         ("transformers_utils.model_arch_config_convertor.ModelArchConfigConvertorBase.convert", "to complete the rope"),
         ("config.VllmConfig._set_cudagraph_sizes", "to capture CUDA graphs for prompts, too"),
-        ("config.CompilationConfig._attention_ops", "to keep the recurrent core out of piecewise CUDA graphs"),
-        ("utils.torch_utils.direct_register_custom_op", "to hide the recurrent core from torch.compile"),
-        ("compilation.breakable_cudagraph.eager_break_during_capture", "to keep the core out of segmented CUDA graphs"),
+        ("config.CompilationConfig._attention_ops", "to keep what depends on rows out of piecewise CUDA graphs"),
+        ("utils.torch_utils.direct_register_custom_op", "to hide what depends on rows from torch.compile"),
+        ("compilation.breakable_cudagraph.eager_break_during_capture", "to keep it out of segmented CUDA graphs, too"),
+        ("model_executor.layers.attention.attention.get_attention_context", "to find a step's cache and its slots"),
+        ("model_executor.layers.attention.attention.unified_attention_with_output", "to attend over the cache"),
         ("model_executor.layers.mamba.abstract.MambaBase.get_kv_cache_spec", "to give our layer state blocks"),
         (f"{_MAMBA}.MambaStateShapeCalculator.gated_delta_net_state_shape", "to lay out a state block"),
         (
@@ -71,8 +73,9 @@ def activate(settings: Settings) -> None:
     MODELS_CONFIG_MAP["Qwen3NextForCausalLM"] = CheckedCheckpoint
     config_parsers._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = CheckedConfigParser
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = RopeCompletingConvertor
-    if GDN_CORE_OP not in CompilationConfig._attention_ops:
-        CompilationConfig._attention_ops.append(GDN_CORE_OP)
+    for op in SPLITTING_OPS:
+        if op not in CompilationConfig._attention_ops:
+            CompilationConfig._attention_ops.append(op)
     if current_platform.is_cpu():
         from .cpu_mamba import register_cpu_kernels
 

@@ -1,4 +1,4 @@
-"""Query/key normalisation, partial rotary embedding and the output gate of full attention, as custom ops."""
+"""Before and after full attention: norms, partial rotary embedding, the write into the cache, the output gate."""
 
 import torch
 
@@ -6,6 +6,7 @@ from .. import dispatch
 from . import reference
 
 dispatch.declare("qk_norm_rope")
+dispatch.declare("qk_norm_rope_write", cuda=(dispatch.Choice("paged caches of the activations' dtype"),))
 dispatch.declare("sigmoid_gate")
 
 
@@ -93,6 +94,109 @@ def qk_norm_rope(
     from . import triton
 
     return triton.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
+
+
+def _check_cache(
+    qkv: torch.Tensor,
+    gate: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    heads = [num_kv_heads, head_dim]
+    if key_cache.dim() != 4 or list(key_cache.shape[2:]) != heads or key_cache.stride(3) != 1:
+        raise ValueError(
+            f"qk_norm_rope_write: key_cache is {list(key_cache.shape)}, strides {list(key_cache.stride())}; it must be "
+            f"[pages, page_size, {num_kv_heads}, {head_dim}] with entries of a head side by side"
+        )
+    if value_cache.shape != key_cache.shape or value_cache.stride() != key_cache.stride():
+        raise ValueError(
+            f"qk_norm_rope_write: value_cache is {list(value_cache.shape)}, strides {list(value_cache.stride())}; both "
+            f"must be those of key_cache, {list(key_cache.shape)} and {list(key_cache.stride())}"
+        )
+    if not qkv.dtype == gate.dtype == key_cache.dtype == value_cache.dtype:
+        raise ValueError(
+            f"qk_norm_rope_write: gate is {gate.dtype}, key_cache {key_cache.dtype}, value_cache {value_cache.dtype}; "
+            f"all must be of qkv's dtype, {qkv.dtype}"
+        )
+    if list(gate.shape) != [qkv.shape[0], num_heads * head_dim] or not gate.is_contiguous():
+        raise ValueError(
+            f"qk_norm_rope_write: gate is {list(gate.shape)}, strides {list(gate.stride())}; it must be contiguous, "
+            f"[{qkv.shape[0]}, {num_heads * head_dim}]"
+        )
+    if slots.dim() != 1 or slots.shape[0] > qkv.shape[0] or slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise ValueError(
+            f"qk_norm_rope_write: slots is {list(slots.shape)} {slots.dtype}; it must be contiguous int64, at most "
+            f"{qkv.shape[0]} of them"
+        )
+
+
+def _qk_norm_rope_write_fake(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    gate: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, kv_size = qkv.shape[0], num_kv_heads * head_dim
+    return qkv.new_empty(tokens, num_heads * head_dim), qkv.new_empty(tokens, kv_size), qkv.new_empty(tokens, kv_size)
+
+
+@dispatch.custom_op(fake=_qk_norm_rope_write_fake, mutates_args=("gate", "key_cache", "value_cache"))
+def qk_norm_rope_write(
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    gate: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    eps: float,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`qk_norm_rope` that also writes keys and values into a paged cache, and the gate where it is told to.
+
+    gate [T, NH*D], contiguous, is filled. key_cache and value_cache [pages, page_size, NKV, D] of qkv's dtype, with the
+    same strides, a head's entries side by side: page s // page_size, place s % page_size takes the token of slot s.
+    slots [N] int64, N <= T, no two alike unless none is read: tokens from N on, and those whose slot is negative, are
+    padding and written nowhere; slots are not checked against the cache's size. Returns q [T, NH*D], k and v
+    [T, NKV*D]. Raises ValueError for shapes, strides or dtypes that do not fit. Kwon et al., PagedAttention, 2023,
+    section 4.1.
+    """
+    _check(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
+    _check_cache(qkv, gate, key_cache, value_cache, slots, num_heads, num_kv_heads, head_dim)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    if dispatch.choose(qkv, backend) == dispatch.REFERENCE:
+        q, k, v, gates = reference.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
+        gate.copy_(gates)
+        reference.write_cache(k, v, key_cache, value_cache, slots)
+        return q.contiguous(), k.contiguous(), v.clone(memory_format=torch.contiguous_format)
+    from . import triton
+
+    cache = (key_cache, value_cache, slots)
+    q, k, v, _ = triton.qk_norm_rope(
+        qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps, gate=gate, cache=cache
+    )
+    return q, k, v
 
 
 def _sigmoid_gate_fake(x: torch.Tensor, gate: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:

@@ -51,6 +51,16 @@ def qk_norm_rope(
     return norm_rope(q, q_weight), norm_rope(k, k_weight), v, gate.flatten(1)
 
 
+def write_cache(
+    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Put keys and values [T, NKV * D] into the slots [N <= T] of caches [pages, page_size, NKV, D]; below 0 into none."""
+    tokens = (slots >= 0).nonzero().squeeze(1)
+    pages, places = slots[tokens] // key_cache.shape[1], slots[tokens] % key_cache.shape[1]
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        cache[pages, places] = new[tokens].unflatten(1, cache.shape[2:]).to(cache.dtype)
+
+
 def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(gate), elementwise, in x's dtype: the output gate of full attention."""
     dtype = torch.promote_types(x.dtype, torch.float32)

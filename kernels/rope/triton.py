@@ -8,8 +8,8 @@ from ..integers import cdiv, next_power_of_2
 
 
 @triton.jit
-def _norm_rope_head(head_ptr, weight_ptr, out_ptr, cos_sin_ptr, head_dim, rotary_dim, eps, BLOCK_D: tl.constexpr):
-    """Normalise one head [D] and rotate its first rotary_dim entries, pairing i with i + rotary_dim / 2."""
+def _norm_rope_head(head_ptr, weight_ptr, cos_sin_ptr, head_dim, rotary_dim, eps, BLOCK_D: tl.constexpr):
+    """One head [D], normalised, its first rotary_dim entries turned, i with i + rotary_dim / 2; float32."""
     cols = tl.arange(0, BLOCK_D)
     inside = cols < head_dim
     rotated = cols < rotary_dim
@@ -27,18 +27,14 @@ def _norm_rope_head(head_ptr, weight_ptr, out_ptr, cos_sin_ptr, head_dim, rotary
     angle = tl.where(low, cols, cols - half)
     cos = tl.load(cos_sin_ptr + angle, mask=rotated, other=1.0).to(tl.float32)
     sin = tl.load(cos_sin_ptr + half + angle, mask=rotated, other=0.0).to(tl.float32)
-    y = y * cos + tl.where(low, -y_partner, y_partner) * sin
-    tl.store(out_ptr + cols, y.to(out_ptr.dtype.element_ty), mask=inside)
+    return y * cos + tl.where(low, -y_partner, y_partner) * sin
 
 
-@triton.jit
-def _copy_head(source_ptr, out_ptr, head_dim, BLOCK_D: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    tl.store(out_ptr + cols, tl.load(source_ptr + cols, mask=cols < head_dim), mask=cols < head_dim)
-
-
-# Positions may be any slice of a step's, and are read one by one.
-@triton.jit(do_not_specialize=["positions_stride"], do_not_specialize_on_alignment=["positions_ptr"])
+# Positions and slots may be any slice of a step's, and are read one by one.
+@triton.jit(
+    do_not_specialize=["positions_stride", "num_slots", "page_size"],
+    do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"],
+)
 def _qk_norm_rope_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -49,6 +45,14 @@ def _qk_norm_rope_kernel(
     k_ptr,
     v_ptr,
     gate_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    slots_ptr,
+    num_slots,
+    page_size,
+    page_stride,
+    slot_stride,
+    head_stride,
     qkv_stride,
     cos_sin_stride,
     positions_stride,
@@ -58,23 +62,39 @@ def _qk_norm_rope_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    WRITES: tl.constexpr,
 ):
-    """One program a token and head; a query head brings its gate along, a key head its value head."""
+    """One program a token and head; a query head brings its gate along, a key head its value head.
+
+    WRITES: keys and values go to their slots of a cache, too; the strides are those of both its tensors.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = qkv_ptr + token * qkv_stride
     angles = cos_sin_ptr + tl.load(positions_ptr + token * positions_stride) * cos_sin_stride
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < head_dim
     if head < NUM_HEADS:
         source = row + head * 2 * head_dim
-        target = (token * NUM_HEADS + head) * head_dim
-        _norm_rope_head(source, q_weight_ptr, q_ptr + target, angles, head_dim, rotary_dim, eps, BLOCK_D)
-        _copy_head(source + head_dim, gate_ptr + target, head_dim, BLOCK_D)
+        target = (token * NUM_HEADS + head) * head_dim + cols
+        q = _norm_rope_head(source, q_weight_ptr, angles, head_dim, rotary_dim, eps, BLOCK_D)
+        tl.store(q_ptr + target, q.to(q_ptr.dtype.element_ty), mask=inside)
+        tl.store(gate_ptr + target, tl.load(source + head_dim + cols, mask=inside), mask=inside)
     else:
         kv_head = head - NUM_HEADS
         source = row + (2 * NUM_HEADS + kv_head) * head_dim
-        target = (token * NUM_KV_HEADS + kv_head) * head_dim
-        _norm_rope_head(source, k_weight_ptr, k_ptr + target, angles, head_dim, rotary_dim, eps, BLOCK_D)
-        _copy_head(source + NUM_KV_HEADS * head_dim, v_ptr + target, head_dim, BLOCK_D)
+        target = (token * NUM_KV_HEADS + kv_head) * head_dim + cols
+        k = _norm_rope_head(source, k_weight_ptr, angles, head_dim, rotary_dim, eps, BLOCK_D).to(k_ptr.dtype.element_ty)
+        v = tl.load(source + NUM_KV_HEADS * head_dim + cols, mask=inside)
+        tl.store(k_ptr + target, k, mask=inside)
+        tl.store(v_ptr + target, v, mask=inside)
+        if WRITES:
+            if token < num_slots:
+                slot = tl.load(slots_ptr + token)
+                if slot >= 0:
+                    place = slot // page_size * page_stride + slot % page_size * slot_stride + kv_head * head_stride
+                    tl.store(key_cache_ptr + place + cols, k, mask=inside)
+                    tl.store(value_cache_ptr + place + cols, v, mask=inside)
 
 
 def qk_norm_rope(
@@ -88,16 +108,26 @@ def qk_norm_rope(
     num_kv_heads: int,
     head_dim: int,
     eps: float,
+    gate: torch.Tensor | None = None,
+    cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `kernels.rope.qk_norm_rope`; the arguments are taken as checked."""
+    """See `kernels.rope.qk_norm_rope` and, with a gate to fill and a cache, `qk_norm_rope_write`.
+
+    cache: its keys, its values and the tokens' slots. The arguments are taken as checked.
+    """
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     cos_sin = cos_sin if cos_sin.stride(1) == 1 else cos_sin.contiguous()
     tokens = qkv.shape[0]
     q = qkv.new_empty(tokens, num_heads * head_dim)
     k = qkv.new_empty(tokens, num_kv_heads * head_dim)
-    v, gate = torch.empty_like(k), torch.empty_like(q)
+    v, gate = torch.empty_like(k), torch.empty_like(q) if gate is None else gate
     if tokens == 0:
         return q, k, v, gate
+    if cache is None:  # whose arguments are not looked at then
+        written: tuple[torch.Tensor | int, ...] = (k, v, positions, 0, 0, 0, 0, 0)
+    else:
+        keys, _, slots = cache
+        written = (*cache, slots.shape[0], keys.shape[1], *keys.stride()[:3])
     _qk_norm_rope_kernel[(tokens, num_heads + num_kv_heads)](
         qkv,
         q_weight.contiguous(),
@@ -108,6 +138,7 @@ def qk_norm_rope(
         k,
         v,
         gate,
+        *written,
         qkv.stride(0),
         cos_sin.stride(0),
         positions.stride(0),
@@ -117,6 +148,7 @@ def qk_norm_rope(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_D=next_power_of_2(head_dim),
+        WRITES=cache is not None,
         num_warps=1 if head_dim <= 128 else 2,
     )
     return q, k, v, gate

@@ -69,6 +69,10 @@ def launch_all(dtype: torch.dtype) -> None:
     qkv, positions = torch.zeros(8, 16 * 512 + 1024, dtype=dtype), torch.arange(8)
     sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
     rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)
+    keys, values = torch.zeros(2, 528, 2, 512, dtype=dtype).split(256, dim=-1)
+    gate = torch.zeros(8, 16 * 256, dtype=dtype)
+    written = {"gate": gate, "cache": (keys, values, positions)}
+    rope.qk_norm_rope(qkv, *[weight[:256]] * 2, torch.zeros(99, 64), positions, **sizes, eps=1e-6, **written)
     rope.sigmoid_gate(x, x)
     moe.route(torch.zeros(8, 512, dtype=dtype), 10, True, x, weight[None])
     moe.add_shared_expert(x, x, x, weight[None])

@@ -65,6 +65,97 @@ def test_no_tokens(backend: str, device: str) -> None:
     assert shapes == [[0, 16], [0, 8], [0, 8], [0, 16]]
 
 
+def paged(
+    pages: int, page_size: int, kv_heads: int, dim: int, device: str, dtype: torch.dtype, *, heads_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A cache's keys and values, views of one tensor as vLLM has them, in either order of its inner dimensions."""
+    outer = (pages, kv_heads, page_size) if heads_first else (pages, page_size, kv_heads)
+    whole = torch.randn(*outer, 2 * dim, device=device).to(dtype)
+    keys, values = (whole.transpose(1, 2) if heads_first else whole).split(dim, dim=-1)
+    return keys, values
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_keys_and_values_are_written(
+    shape: tuple[int, int, int, int], heads_first: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    """Into their slots and nowhere else, as they are returned; padding, negative or beyond the slots, into none."""
+    heads, kv_heads, dim, _ = shape
+    tensors, sizes = arguments(6, *shape, device, dtype)
+    cache = paged(4, 5, kv_heads, dim, device, dtype, heads_first=heads_first)
+    before = [part.clone() for part in cache]
+    slots = torch.tensor([-1, 7, 19, 0, -1], device=device)  # and a sixth token without any
+    gate = torch.full((6, heads * dim), float("nan"), device=device, dtype=dtype)
+    actual = rope.qk_norm_rope_write(*tensors, gate, *cache, slots, **sizes, backend=backend)
+    alone = rope.qk_norm_rope(*tensors, **sizes, backend=backend)
+    assert all(torch.equal(one, other) for one, other in zip((*actual, gate), alone, strict=True))
+    for new, part, old in zip(actual[1:], cache, before, strict=True):
+        for token, (page, place) in {1: (1, 2), 2: (3, 4), 3: (0, 0)}.items():
+            old[page, place] = new[token].view(kv_heads, dim)
+        assert torch.equal(part, old)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_page_of_slots(backend: str, device: str) -> None:
+    """SGLang's pool has no pages: keys and values [slots, heads, D], each a tensor of its own."""
+    tensors, sizes = arguments(3, 2, 2, 8, 4, device)
+    cache = [torch.zeros(9, 2, 8, device=device) for _ in range(2)]
+    slots = torch.tensor([4, 8, 2], device=device)
+    gate = torch.empty(3, 16, device=device)
+    _, k, v = rope.qk_norm_rope_write(*tensors, gate, *(part[None] for part in cache), slots, **sizes, backend=backend)
+    for new, part in zip((k, v), cache, strict=True):
+        assert torch.equal(part[slots], new.view(3, 2, 8))
+        assert part.count_nonzero() == new.count_nonzero()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_are_written(backend: str, device: str) -> None:
+    tensors, sizes = arguments(0, 2, 1, 8, 4, device)
+    cache = paged(1, 4, 1, 8, device, torch.float32, heads_first=False)
+    before = cache[0].clone()
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    rope.qk_norm_rope_write(*tensors, torch.empty(0, 16, device=device), *cache, nothing, **sizes, backend=backend)
+    assert torch.equal(cache[0], before)
+
+
+def test_write_as_a_custom_op(device: str) -> None:
+    tensors, sizes = arguments(4, 1, 1, 8, 4, device, torch.bfloat16)
+    gate = torch.empty(4, 8, device=device, dtype=torch.bfloat16)
+    keys, values = (torch.zeros(2, 3, 1, 8, device=device, dtype=torch.bfloat16) for _ in range(2))
+    slots = torch.tensor([5, 0, -1], device=device)
+    call = (*tensors, gate, keys, values, slots)
+    torch.library.opcheck(torch.ops.qwen3next.qk_norm_rope_write.default, call, sizes)
+    assert_compiles(lambda *t: rope.qk_norm_rope_write(*t, **sizes), *call)
+
+
+_BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("place", "replacement", "message"),
+    [
+        (5, torch.zeros(4, 8), r"gate is \[4, 8\].*\[4, 16\]"),
+        (5, torch.zeros(4, 32)[:, ::2], r"gate is \[4, 16\], strides \[32, 2\]; it must be contiguous"),
+        (5, torch.zeros(4, 16, dtype=_BF16), r"gate is torch.bfloat16.*qkv's dtype, torch.float32"),
+        (6, torch.zeros(3, 5, 8), r"key_cache is \[3, 5, 8\].*\[pages, page_size, 1, 8\]"),
+        (6, torch.zeros(3, 5, 1, 16)[..., ::2], "side by side"),
+        (7, torch.zeros(3, 5, 1, 16)[..., :8], r"value_cache is \[3, 5, 1, 8\], strides \[80, 16, 16, 1\]"),
+        (8, torch.zeros(5, dtype=torch.int64), r"slots is \[5\].*at most 4"),
+        (8, torch.zeros(4, dtype=torch.int32), r"slots is \[4\] torch.int32; it must be contiguous int64"),
+    ],
+)
+def test_wrong_caches(place: int, replacement: torch.Tensor, message: str) -> None:
+    tensors, sizes = arguments(4, 2, 1, 8, 4, "cpu")
+    keys, values = torch.zeros(3, 5, 1, 8), torch.zeros(3, 5, 1, 8)
+    call = [*tensors, torch.zeros(4, 16), keys, values, torch.arange(4)]
+    call[place] = replacement
+    with pytest.raises(ValueError, match=message):
+        rope.qk_norm_rope_write(*call, **sizes)
+
+
 def test_custom_op(device: str) -> None:
     tensors, sizes = arguments(4, 1, 1, 8, 4, device, torch.bfloat16)
     torch.library.opcheck(torch.ops.qwen3next.qk_norm_rope.default, tensors, sizes)
@@ -117,3 +208,10 @@ def test_real_sizes(dtype: torch.dtype) -> None:
         tensors, sizes = arguments(tokens, 16, 2, 256, 64, "cuda", dtype)
         expected = rope.reference.qk_norm_rope(*to64(tensors), **sizes)
         assert_close(rope.qk_norm_rope(*tensors, **sizes), expected, tolerance(dtype))
+        keys, values = paged(9, 528, 2, 256, "cuda", dtype, heads_first=False)
+        slots = torch.randperm(9 * 528, device="cuda")[:tokens]
+        gate = torch.full((tokens, 16 * 256), float("nan"), device="cuda", dtype=dtype)
+        q, k, v = rope.qk_norm_rope_write(*tensors, gate, keys, values, slots, **sizes)
+        assert_close((q, k, v, gate), expected, tolerance(dtype))
+        pages, places = slots // 528, slots % 528
+        assert torch.equal(keys[pages, places].flatten(1), k) and torch.equal(values[pages, places].flatten(1), v)

@@ -18,7 +18,7 @@ KERNEL_CASES = (
     *(f"gdn-verify{tokens}-b{batch}" for tokens in (2, 4, 8) for batch in (1, 64, 256)),
     *(f"gdn-prefill-{rows}" for rows in ("1x4096", "1x32768", "1x131072", "4x8192", "8x1024", "64x256")),
     "conv-prefill-8192",
-    *(f"{part}-{tokens}" for part in ("norm-add", "qk-norm-rope") for tokens in (1, 64, 8192)),
+    *(f"{part}-{tokens}" for part in ("norm-add", "qk-norm-rope-write") for tokens in (1, 64, 8192)),
     *(f"dense-{name}-m{rows}" for name in DENSE for rows in (1, 8, 16)),
 )
 
@@ -35,7 +35,7 @@ _PATTERNS: tuple[tuple[Kind, str, str], ...] = (
     ("kernels", "gdn-prefill", r"gdn-prefill-(?P<rows>[1-9]\d*)x(?P<tokens>[1-9]\d*)"),
     ("kernels", "conv-prefill", r"conv-prefill-(?P<tokens>[1-9]\d*)"),
     ("kernels", "norm-add", r"norm-add-(?P<tokens>[1-9]\d*)"),
-    ("kernels", "qk-norm-rope", r"qk-norm-rope-(?P<tokens>[1-9]\d*)"),
+    ("kernels", "qk-norm-rope-write", r"qk-norm-rope-write-(?P<tokens>[1-9]\d*)"),
     ("kernels", "dense", rf"dense-(?P<variant>{'|'.join(DENSE)})-m(?P<tokens>[1-9]\d*)"),
     ("moe", "moe", r"moe-(?P<variant>fp8|bf16)-tp(?P<ranks>[1248])-m(?P<tokens>[1-9]\d*)"),
 )

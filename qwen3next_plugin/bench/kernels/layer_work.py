@@ -21,7 +21,7 @@ from qwen3next_plugin.kernels.gemm import (
 )
 from qwen3next_plugin.kernels.norm import add_rms_norm
 from qwen3next_plugin.kernels.norm import reference as norm_reference
-from qwen3next_plugin.kernels.rope import qk_norm_rope
+from qwen3next_plugin.kernels.rope import qk_norm_rope_write
 from qwen3next_plugin.kernels.rope import reference as rope_reference
 from qwen3next_plugin.spec import AttentionSpec
 
@@ -31,6 +31,7 @@ from .work import Engine, Normal, Prepared, Work, copies_of
 
 _CHECKED = 256
 _POSITIONS = 4096
+_PAGE_SIZE = 1056  # about what vLLM takes for this model: a page has the bytes of a recurrent state
 
 
 @dataclass
@@ -50,14 +51,24 @@ class NormAbout:
 
 
 @dataclass
+class RopeInputs:
+    """qkv [T, 2 * (NH + NKV) * D], and the cache's keys and values [pages, page size, NKV, D] as the engine has them."""
+
+    qkv: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass
 class RopeAbout:
-    """Weights [D], cos | sin [P, rotary_dim] in float32, positions [T]; inputs are qkv [T, 2 * (NH + NKV) * D]."""
+    """Weights [D], cos | sin [P, rotary_dim] in float32, positions and slots [T]."""
 
     sizes: AttentionSpec
     q_weight: Tensor
     k_weight: Tensor
     cos_sin: Tensor
     positions: Tensor
+    slots: Tensor
     eps: float
 
 
@@ -77,8 +88,10 @@ class DenseInputs:
 
 def layer_work(case: Case, spec: Qwen3NextSpec, engine: Engine, device: torch.device) -> Work:
     """A case of one of these operations."""
-    build = {"conv-prefill": _conv, "norm-add": _norm, "qk-norm-rope": _rope, "dense": _dense}[case.op]
-    return build(case, spec, Normal(device))
+    normal = Normal(device)
+    if case.op == "qk-norm-rope-write":
+        return _rope(case, spec, normal, engine)
+    return {"conv-prefill": _conv, "norm-add": _norm, "dense": _dense}[case.op](case, spec, normal)
 
 
 def _first(out: Tensor) -> Tensor:
@@ -165,11 +178,20 @@ def _norm(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
     )
 
 
-def _rope(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
+def _rope(case: Case, spec: Qwen3NextSpec, normal: Normal, engine: Engine) -> Work:
     sizes, device = spec.attention, normal.device
     width = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_dim
-    moved = case.tokens * width * 2 * 2
-    copies = [normal(case.tokens, width) for _ in range(copies_of(moved, moved // 2, device))]
+    moved = case.tokens * width * 2 * 2  # keys and values once: into the cache
+    slots = -(-(case.tokens + 1) // _PAGE_SIZE) * _PAGE_SIZE
+
+    def inputs() -> RopeInputs:
+        if engine == "vllm":
+            cache = normal(slots // _PAGE_SIZE, _PAGE_SIZE, sizes.num_kv_heads, 2 * sizes.head_dim)
+            return RopeInputs(normal(case.tokens, width), *cache.split(sizes.head_dim, dim=-1))
+        keys, values = (normal(1, slots, sizes.num_kv_heads, sizes.head_dim) for _ in range(2))
+        return RopeInputs(normal(case.tokens, width), keys, values)
+
+    copies = [inputs() for _ in range(copies_of(moved, moved, device))]
     angles = torch.rand(_POSITIONS, sizes.rotary_dim // 2, device=device) * 6.0
     about = RopeAbout(
         sizes,
@@ -177,6 +199,7 @@ def _rope(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
         normal(sizes.head_dim, scale=0.1),
         torch.cat([angles.cos(), angles.sin()], dim=-1),
         torch.arange(case.tokens, device=device).remainder(_POSITIONS),
+        1 + normal.order(slots - 1)[: case.tokens],  # the first is for padding in both engines
         spec.rms_norm_eps,
     )
     heads: dict[str, Any] = {
@@ -185,25 +208,38 @@ def _rope(case: Case, spec: Qwen3NextSpec, normal: Normal) -> Work:
         "head_dim": sizes.head_dim,
     }
     constants = (about.q_weight, about.k_weight, about.cos_sin)
+    gate = normal(case.tokens, sizes.num_heads * sizes.head_dim)
 
-    def run(qkv: Tensor) -> Tensor:
-        return qk_norm_rope(qkv, *constants, about.positions, **heads, eps=about.eps)[0]
+    def run(one: RopeInputs) -> Tensor:
+        places = (gate, one.keys, one.values, about.slots)
+        return qk_norm_rope_write(one.qkv, *constants, about.positions, *places, **heads, eps=about.eps)[0]
+
+    def written(q: Tensor) -> Tensor:
+        where = about.slots[:_CHECKED]
+        cache = (part.flatten(0, 1)[where].flatten(1) for part in (copies[0].keys, copies[0].values))
+        return torch.cat([q[:_CHECKED], *cache], dim=1)
 
     def expected() -> Tensor:
-        some = copies[0][:_CHECKED].double()
-        return rope_reference.qk_norm_rope(some, *constants, about.positions[:_CHECKED], **heads, eps=about.eps)[0]
+        some = copies[0].qkv[:_CHECKED].double()
+        parts = rope_reference.qk_norm_rope(some, *constants, about.positions[:_CHECKED], **heads, eps=about.eps)
+        return torch.cat(parts[:3], dim=1)
+
+    def restore() -> None:
+        copies[0].keys.zero_()
+        copies[0].values.zero_()
 
     return Work(
         case,
-        "q, k, v and gate apart, q and k normalised and turned",
+        "q, k, v and gate apart, q and k normalised and turned, k and v written into the cache",
         moved,
         0,
         "bf16",
         copies,
-        {"own": Prepared([partial(run, qkv) for qkv in copies])},
+        {"own": Prepared([partial(run, one) for one in copies])},
         {"": expected},
-        _first,
-        about=about,
+        written,
+        restore,
+        about,
     )
 
 

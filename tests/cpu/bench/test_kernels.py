@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 BUILD = builder(MoeBuilder(SPEC, CPU))
 NAMES = (
     "gdn-decode-b3 gdn-decode-b12-bf16state gdn-verify4-b9 gdn-prefill-3x70 gdn-prefill-1x300 conv-prefill-33 "
-    "norm-add-5 qk-norm-rope-7 dense-qkvz-m3 dense-router-m2 moe-fp8-tp1-m3 moe-bf16-tp2-m40"
+    "norm-add-5 qk-norm-rope-write-7 dense-qkvz-m3 dense-router-m2 moe-fp8-tp1-m3 moe-bf16-tp2-m40"
 ).split()
 
 

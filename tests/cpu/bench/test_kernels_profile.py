@@ -214,14 +214,14 @@ def bench(out: Path, *words: str) -> Any:
 
 
 def test_the_command_times_all_rows_before_it_profiles_the_first(tmp_path: Path, log: Log) -> None:
-    rows = ("--rows", "norm-add-5,norm-add-6,qk-norm-rope-7")
+    rows = ("--rows", "norm-add-5,norm-add-6,qk-norm-rope-write-7")
     done = bench(tmp_path, "kernels", *rows, "--profile", "norm-*")
     assert done.exit_code == 0, done.output
     assert log.did == ["time"] * 6 + ["profile"] * 2
     result = json.loads((tmp_path / "h200" / "kernels.json").read_text())
     found = {row["case"]: row.get("profile") for row in result["rows"]}
     one = {"own@vllm": PROFILE}
-    assert found == {"norm-add-5": one, "norm-add-6": one, "qk-norm-rope-7": None}
+    assert found == {"norm-add-5": one, "norm-add-6": one, "qk-norm-rope-write-7": None}
     # Another row and another profile, in another process: again the time comes first, and nothing twice.
     log.did.clear()
     assert bench(tmp_path, "kernels", rows[0], f"{rows[1]},norm-add-8", "--profile", "all").exit_code == 0

@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -199,8 +200,21 @@ class Attention:
         width = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
         for first in range(3):
             positions = torch.zeros(tokens + first, dtype=torch.int64)[first:]
-            q, _, _, gate = self.layer.project(positions, torch.zeros(tokens, width, dtype=BF16))
+            qkv = torch.zeros(tokens, width, dtype=BF16)
+            q, _, _, gate = self.layer.project(positions, qkv)
             self.layer.finish(q, gate)
+            for keys, values in self.caches():
+                self.layer.project(positions, qkv, (keys, values, positions[: max(1, tokens - first)]))
+
+    def caches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As vLLM has them, in both orders, with pages of any size, and as SGLang has them."""
+        heads, width = self.spec.attention.num_kv_heads, self.spec.attention.head_dim
+        for page_size in (16, 784, 33):
+            for sizes in ((page_size, heads), (heads, page_size)):
+                cache = torch.zeros(3, *sizes, 2 * width, dtype=BF16)
+                keys, values = (cache if sizes[1] == heads else cache.transpose(1, 2)).split(width, dim=-1)
+                yield keys, values
+        yield torch.zeros(1, 77, heads, width, dtype=BF16), torch.zeros(1, 77, heads, width, dtype=BF16)
 
 
 class Dense:

@@ -72,8 +72,13 @@ def model_config(path: Path, drafter: bool = False) -> ModelConfig:
     return ModelConfig.from_server_args(runtime_context.get_server_args(), model_path=str(path), is_draft_model=drafter)
 
 
-def run(model: Any, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Hidden states behind the final norm of each sequence, all in one prefill; `hidden` is a drafter's input."""
+def run(
+    model: Any, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | None = None, pool: Any = None
+) -> list[torch.Tensor]:
+    """Hidden states behind the final norm of each sequence, all in one prefill.
+
+    hidden: a drafter's input. pool: SGLang's, which takes keys and values in slots that count from 1.
+    """
     lengths = [len(sequence) for sequence in sequences]
     tokens = torch.tensor([token for sequence in sequences for token in sequence])
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -81,23 +86,28 @@ def run(model: Any, sequences: Sequence[Sequence[int]], hidden: torch.Tensor | N
         forward_mode=ForwardMode.EXTEND,
         global_num_token_non_padded_cpu=len(tokens),
         spec_info=SimpleNamespace(hidden_states=hidden),
+        out_cache_loc=torch.arange(1, 1 + len(tokens)),
     )
-    with torch.no_grad(), forward_context(ForwardContext(attn_backend=_WholeBatch(lengths))):
+    with torch.no_grad(), forward_context(ForwardContext(attn_backend=_WholeBatch(lengths, pool))):
         return list(model.model(tokens, positions, batch).split(lengths))
 
 
 class _WholeBatch:
     """An attention backend for one prefill of whole sequences."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, lengths: Sequence[int], pool: Any) -> None:
+        self.lengths, self.token_to_kv_pool = list(lengths), pool
         ends = torch.tensor(self.lengths).cumsum(0).int()
         self.starts, self.ends = ends - torch.tensor(self.lengths, dtype=torch.int32), ends
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._linear(**kwargs) if "mixed_qkv" in kwargs else self._full(*args)
 
-    def _full(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, *rest: Any) -> torch.Tensor:
+    def _full(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool
+    ) -> torch.Tensor:
+        if save_kv_cache and self.token_to_kv_pool is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         q, k, v = (x.reshape(len(x), -1, layer.head_dim).transpose(0, 1) for x in (q, k, v))
         attend = partial(functional.scaled_dot_product_attention, is_causal=True, scale=layer.scaling, enable_gqa=True)
         sequences = (x.split(self.lengths, dim=1) for x in (q, k, v))

@@ -31,15 +31,15 @@ def test_the_registry_holds_this_plugins_classes(name: str) -> None:
     assert ModelRegistry.models[name].load_model_cls().__module__.startswith(vllm_integration.__name__)
 
 
-def test_the_core_splits_piecewise_graphs_once() -> None:
+def test_what_depends_on_rows_splits_piecewise_graphs_once() -> None:
     from vllm.config import CompilationConfig
 
-    from qwen3next_plugin.vllm_integration.names import GDN_CORE_OP
+    from qwen3next_plugin.vllm_integration.names import SPLITTING_OPS
     from qwen3next_plugin.vllm_integration.registration import activate
 
     for _ in range(2):
         activate(read_settings({}))
-    assert CompilationConfig._attention_ops.count(GDN_CORE_OP) == 1
+    assert [CompilationConfig._attention_ops.count(op) for op in SPLITTING_OPS] == [1, 1]
 
 
 def test_the_core_says_what_it_writes_and_traces_without_running() -> None:

@@ -18,7 +18,7 @@ _ADAPTERS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("vllm", "gdn-prefill"): ("vllm_gdn", {"vllm": "prefill", "vllm-triton": "prefill_triton"}),
     ("vllm", "conv-prefill"): ("vllm_gdn", {"vllm": "convolution"}),
     ("vllm", "norm-add"): ("vllm_layers", {"vllm": "norm", "vllm-inductor": "norm_compiled"}),
-    ("vllm", "qk-norm-rope"): ("vllm_layers", {"vllm": "rope"}),
+    ("vllm", "qk-norm-rope-write"): ("vllm_layers", {"vllm": "rope"}),
     ("vllm", "dense"): (
         "vllm_layers",
         {"vllm": "dense", "vllm-deepgemm": "dense_deepgemm", "vllm-cutlass": "dense_cutlass"},
@@ -29,7 +29,7 @@ _ADAPTERS: dict[tuple[str, str], tuple[str, dict[str, str]]] = {
     ("sglang", "gdn-prefill"): ("sglang_gdn", {"sglang": "prefill", "sglang-triton": "prefill_triton"}),
     ("sglang", "conv-prefill"): ("sglang_gdn", {"sglang": "convolution"}),
     ("sglang", "norm-add"): ("sglang_layers", {"sglang": "norm"}),
-    ("sglang", "qk-norm-rope"): ("sglang_layers", {"sglang": "rope"}),
+    ("sglang", "qk-norm-rope-write"): ("sglang_layers", {"sglang": "rope"}),
     ("sglang", "dense"): ("sglang_layers", {"sglang": "dense", "sglang-triton": "dense_triton"}),
     ("sglang", "moe"): (
         "sglang_moe",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from ..layer_work import DenseInputs, NormAbout, NormInputs, RopeAbout
+from ..layer_work import DenseInputs, NormAbout, NormInputs, RopeAbout, RopeInputs
 from ..work import Prepared, Work
 from . import named
 from .sglang_context import publish
@@ -28,14 +28,16 @@ def norm(work: Work) -> list[Prepared]:
 
 
 def rope(work: Work) -> list[Prepared]:
-    """q and gate copied apart, two norms, and the rotation in place."""
+    """q and gate copied apart, two norms, the rotation in place, and the kernel that writes into the pool."""
     about: RopeAbout = work.about
     s, norm_heads = about.sizes, named("sgl_kernel:gemma_rmsnorm")
     turn = named("sglang.kernels.ops.attention.rope:apply_rope_with_cos_sin_cache_inplace")
-    widths = [2 * s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim]
+    write, row = named("sglang.kernels.ops.kvcache.kvcache:store_cache"), s.num_kv_heads * s.head_dim
+    widths = [2 * s.num_heads * s.head_dim, row, row]
 
-    def run(qkv: Tensor) -> Tensor:
-        q_gate, k, _ = qkv.split(widths, dim=-1)
+    def run(one: RopeInputs) -> Tensor:
+        qkv = one.qkv
+        q_gate, k, v = qkv.split(widths, dim=-1)
         q, gate = q_gate.view(-1, s.num_heads, 2 * s.head_dim).chunk(2, dim=-1)
         q, gate = q.reshape(qkv.shape[0], -1), gate.reshape(qkv.shape[0], -1)
         q, k = (
@@ -49,9 +51,10 @@ def rope(work: Work) -> list[Prepared]:
             cos_sin_cache=about.cos_sin,
             is_neox=True,
         )
+        write(k.view(-1, row), v, one.keys.view(-1, row), one.values.view(-1, row), about.slots, row_bytes=2 * row)
         return q.flatten(1)
 
-    return [Prepared([partial(run, qkv) for qkv in work.inputs])]
+    return [Prepared([partial(run, one) for one in work.inputs])]
 
 
 def _dense(work: Work, product: Callable[..., Any] | None) -> list[Prepared]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..layer_work import DenseInputs, NormAbout, NormInputs, RopeAbout
+from ..layer_work import DenseInputs, NormAbout, NormInputs, RopeAbout, RopeInputs
 from ..work import Prepared, Work
 from . import named
 from .common import compiled
@@ -47,15 +47,16 @@ def norm_compiled(work: Work) -> list[Prepared]:
 
 
 def rope(work: Work) -> list[Prepared]:
-    """The fused kernel of norms, rotation and gate; v stays a view there, and cos and sin are kept in bf16."""
+    """The fused kernel of norms, rotation and gate, then that of the cache; cos and sin are kept in bf16."""
     about: RopeAbout = work.about
     s, kernel = about.sizes, named("vllm.model_executor.layers.fused_qk_norm_rope:fused_qk_rmsnorm_rope_gate")
+    write, scale = named("vllm._custom_ops:reshape_and_cache_flash"), torch.ones((), device=about.positions.device)
     cos_sin = about.cos_sin.bfloat16()
     widths = [2 * s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim, s.num_kv_heads * s.head_dim]
 
-    def run(qkv: Tensor) -> Tensor:
-        q_gate, k, _ = qkv.split(widths, dim=-1)
-        out: Tensor = kernel(
+    def run(one: RopeInputs) -> Tensor:
+        q_gate, k, v = one.qkv.split(widths, dim=-1)
+        q, k, _ = kernel(
             q_gate,
             k,
             about.q_weight,
@@ -68,10 +69,13 @@ def rope(work: Work) -> list[Prepared]:
             s.head_dim,
             s.rotary_dim,
             norm_beta=1.0,
-        )[0]
+        )
+        k, v = (part.view(-1, s.num_kv_heads, s.head_dim) for part in (k, v))
+        write(k, v, one.keys, one.values, about.slots, "auto", scale, scale)
+        out: Tensor = q
         return out
 
-    return [Prepared([partial(run, qkv) for qkv in work.inputs])]
+    return [Prepared([partial(run, one) for one in work.inputs])]
 
 
 def _dense(work: Work, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Prepared]:
