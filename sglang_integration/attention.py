@@ -1,4 +1,4 @@
-"""Gated full attention inside SGLang: its projections and paged attention, our QK-norm, rotary, cache write and gate."""
+"""Gated full attention inside SGLang: its projections and attention, our QK-norm, rotary, cache write and gate."""
 
 from __future__ import annotations
 

@@ -54,12 +54,13 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
             q, k, v, gate = self.project(positions, hidden_states)
             return self.finish(self.attn(q, k, v), gate)
         qkv = self.qkv_proj(hidden_states)[0]
-        attended = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
-        gate = torch.empty_like(attended)
+        # Of two shapes: torch.compile may take two equal allocations for one.
+        attended = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
+        gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
         torch.ops.vllm.qwen3next_plugin_attention(
             qkv, *self.constants(), positions, attended, gate, self.eps, _encode_layer_name(self.attn.layer_name)
         )
-        return self.finish(attended, gate)
+        return self.finish(attended.flatten(1), gate)
 
 
 def takes_our_writes(attn: Attention) -> bool:
@@ -90,7 +91,10 @@ def qwen3next_plugin_attention(
     eps: float,
     layer_name: LayerNameType,
 ) -> None:
-    """The custom op between the projections: opaque to torch.compile, fills `attended`, `gate` and the cache."""
+    """The custom op between the projections, opaque to torch.compile.
+
+    Fills attended [T, heads, D], gate [T, heads * D] and the cache.
+    """
     _, attn, kv_cache, slots = get_attention_context(layer_name)
     heads, kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_size
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
@@ -100,8 +104,8 @@ def qwen3next_plugin_attention(
         gate.copy_(gates)
     else:
         q, k, v = qk_norm_rope_write(*call, gate, *keys_and_values(kv_cache, head_dim), slots, **sizes, eps=eps)
-    parts = (t.view(-1, n, head_dim) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads), (attended, heads)))
-    unified_attention_with_output(*parts, layer_name)
+    parts = (part.view(-1, count, head_dim) for part, count in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    unified_attention_with_output(*parts, attended, layer_name)
 
 
 def _attention_fake(

@@ -52,7 +52,7 @@ class NormAbout:
 
 @dataclass
 class RopeInputs:
-    """qkv [T, 2 * (NH + NKV) * D], and the cache's keys and values [pages, page size, NKV, D] as the engine has them."""
+    """qkv [T, 2 * (NH + NKV) * D], keys and values of a cache [pages, page size, NKV, D] as the engine has it."""
 
     qkv: Tensor
     keys: Tensor

@@ -13,6 +13,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 
 from qwen3next_plugin.kernels.rope import qk_norm_rope
 from qwen3next_plugin.vllm_integration import attention
+from tests.helpers import nan_like
 
 PAGES, PAGE, HEADS, KV_HEADS, DIM, TOKENS = 4, 6, 4, 2, 8, 5
 BACKENDS = "vllm.v1.attention.backends"
@@ -89,12 +90,12 @@ def test_the_op_fills_cache_gate_and_output(
     qkv = torch.randn(TOKENS, 2 * (HEADS + KV_HEADS) * DIM)
     constants = (torch.randn(DIM), torch.randn(DIM), torch.rand(9, 4))
     positions = torch.arange(TOKENS)
-    out, gate = torch.full((2, TOKENS, HEADS * DIM), float("nan"))
+    out, gate = nan_like(TOKENS, HEADS, DIM), nan_like(TOKENS, HEADS * DIM)
     attention.qwen3next_plugin_attention(qkv, *constants, positions, out, gate, 1e-6, "layer")
 
     sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
     q, k, v, expected_gate = qk_norm_rope(qkv, *constants, positions, **sizes, eps=1e-6)
-    assert torch.equal(out, q) and torch.equal(gate, expected_gate)
+    assert torch.equal(out.flatten(1), q) and torch.equal(gate, expected_gate)
     for seen, expected in zip(attended_to, (q, k, v), strict=True):
         assert torch.equal(seen, expected.view(TOKENS, -1, DIM))
     if not profiling:
