@@ -7,6 +7,7 @@ the recurrent core over its states.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -94,7 +95,11 @@ class GatedAttentionParts(nn.Module):
         self.head_dim = attention.head_dim
         self.num_heads = attention.num_heads // layers.size
         self.num_kv_heads = max(1, attention.num_kv_heads // layers.size)
-        self.sizes = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        self.sizes: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+        }
         self.qkv_proj = layers.qkv(
             spec.hidden_size,
             attention.head_dim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -47,8 +49,8 @@ def places_to_write(
     Ours are plain pools of the activations' dtype. Others quantise, translate slots or have another layout. A step
     that torch.compile traces is SGLang's, too: there, padding is cut off inside its attention.
     """
-    pool = getattr(get_attn_backend(), "token_to_kv_pool", None)
-    held = getattr(pool, "full_kv_pool", pool)
+    pool: Any = getattr(get_attn_backend(), "token_to_kv_pool", None)
+    held: Any = getattr(pool, "full_kv_pool", pool)
     plain = (
         type(held) is MHATokenToKVPool
         and held.kv_cache_layout == "nhd"

@@ -78,7 +78,7 @@ def test_the_op_fills_cache_gate_and_output(
 ) -> None:
     cache = paged(order)
     before, slots = cache.clone(), torch.tensor([8, -1, 23, 0])  # of padded tokens there may be no slot at all
-    context = ({}, layer_of(), cache, None if profiling else slots)
+    context: Any = ({}, layer_of(), cache, None if profiling else slots)
     monkeypatch.setattr(attention, "get_attention_context", lambda name: context)
     attended_to: list[torch.Tensor] = []
 
@@ -93,7 +93,7 @@ def test_the_op_fills_cache_gate_and_output(
     out, gate = nan_like(TOKENS, HEADS, DIM), nan_like(TOKENS, HEADS * DIM)
     attention.qwen3next_plugin_attention(qkv, *constants, positions, out, gate, 1e-6, "layer")
 
-    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    sizes: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
     q, k, v, expected_gate = qk_norm_rope(qkv, *constants, positions, **sizes, eps=1e-6)
     assert torch.equal(out.flatten(1), q) and torch.equal(gate, expected_gate)
     for seen, expected in zip(attended_to, (q, k, v), strict=True):
