@@ -163,12 +163,12 @@ def _(module: ZeroCentredRMSNorm, serving: Serving) -> None:
 def _(module: GatedAttentionParts, serving: Serving) -> None:
     width, heads = 2 * (module.num_heads + module.num_kv_heads) * module.head_dim, module.num_kv_heads
     # Whose strides are as even as those of any cache, which is all that Triton looks at.
-    cache = serving.zeros(1, _PAGE, heads, 2 * module.head_dim).split(module.head_dim, dim=-1)
+    keys, values = serving.zeros(1, _PAGE, heads, 2 * module.head_dim).split(module.head_dim, dim=-1)
     for tokens in TOKENS:
         positions = serving.zeros(tokens, dtype=torch.int64)
         call = (serving.zeros(tokens, width), *module.constants(), positions)
         q, _, _, gate = qk_norm_rope(*call, **module.sizes, eps=module.eps)
-        qk_norm_rope_write(*call, gate, *cache, positions - 1, **module.sizes, eps=module.eps)
+        qk_norm_rope_write(*call, gate, keys, values, positions - 1, **module.sizes, eps=module.eps)
         sigmoid_gate(q, gate)
 
 

@@ -1,5 +1,7 @@
 """Before and after full attention: norms, partial rotary embedding, the write into the cache, the output gate."""
 
+from typing import Any
+
 import torch
 
 from .. import dispatch
@@ -85,7 +87,7 @@ def qk_norm_rope(
     Su et al., RoFormer, 2021, section 3.2.2, with GPT-NeoX's pairing (i, i + rotary_dim/2).
     """
     _check(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    sizes: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if dispatch.choose(qkv, backend) == dispatch.REFERENCE:
         q, k, v, gate = reference.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
         # v and gate are views of qkv, which a custom op must not return
@@ -184,7 +186,7 @@ def qk_norm_rope_write(
     """
     _check(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
     _check_cache(qkv, gate, key_cache, value_cache, slots, num_heads, num_kv_heads, head_dim)
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    sizes: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if dispatch.choose(qkv, backend) == dispatch.REFERENCE:
         q, k, v, gates = reference.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
         gate.copy_(gates)
