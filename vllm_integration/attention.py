@@ -1,8 +1,8 @@
 """Gated full attention inside vLLM: its projections and paged attention, our QK-norm, rotary, cache write and gate.
 
-A cache of the activations' dtype takes keys and values from the kernel that normalises and turns them: one launch where
-vLLM has two. As the slots to write are known to vLLM's attention alone, both are one operation for torch.compile. Other
-caches (FP8) are written by vLLM.
+A cache that holds keys and values as they are takes them from the kernel that normalises and turns them: one launch
+where vLLM has two. As the slots are known to vLLM's attention alone, both are one operation for torch.compile. Caches
+of another layout are written by vLLM in there; where it quantises queries (FP8 caches), the way is its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context, unified_attention_with_output
-from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.rope import qk_norm_rope, qk_norm_rope_write
@@ -46,11 +46,11 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
         )
-        self.writes = takes_our_writes(self.attn)
+        self.in_one = writes_apart(self.attn)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        if not self.writes:
+        if not self.in_one:
             q, k, v, gate = self.project(positions, hidden_states)
             return self.finish(self.attn(q, k, v), gate)
         qkv = self.qkv_proj(hidden_states)[0]
@@ -63,14 +63,15 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         return self.finish(attended.flatten(1), gate)
 
 
+def writes_apart(attn: Attention) -> bool:
+    """Whether the layer writes its own cache before it attends, and does nothing else before."""
+    includes = attn.attn_backend.forward_includes_kv_cache_update
+    return not includes and attn.kv_sharing_target_layer_name is None and attn.query_quant is None
+
+
 def takes_our_writes(attn: Attention) -> bool:
     """Whether the layer's cache is laid out as we write one, and holds keys and values as they are."""
-    return (
-        attn.attn_backend.get_name() in _ALIKE
-        and not attn.attn_backend.forward_includes_kv_cache_update
-        and attn.kv_cache_torch_dtype == attn.dtype
-        and attn.kv_sharing_target_layer_name is None
-    )
+    return attn.attn_backend.get_name() in _ALIKE and attn.kv_cache_torch_dtype == attn.dtype
 
 
 def keys_and_values(kv_cache: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,17 +96,20 @@ def qwen3next_plugin_attention(
 
     Fills attended [T, heads, D], gate [T, heads * D] and the cache.
     """
-    _, attn, kv_cache, slots = get_attention_context(layer_name)
+    _, attn, kv_cache, slots = get_attention_context(_resolve_layer_name(layer_name))
     heads, kv_heads, head_dim = attn.num_heads, attn.num_kv_heads, attn.head_size
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     call = (qkv, q_weight, k_weight, cos_sin, positions)
-    if slots is None:  # vLLM's memory profiling runs without a cache
+    ours = slots is not None and takes_our_writes(attn)
+    if ours:
+        q, k, v = qk_norm_rope_write(*call, gate, *keys_and_values(kv_cache, head_dim), slots, **sizes, eps=eps)
+    else:
         q, k, v, gates = qk_norm_rope(*call, **sizes, eps=eps)
         gate.copy_(gates)
-    else:
-        q, k, v = qk_norm_rope_write(*call, gate, *keys_and_values(kv_cache, head_dim), slots, **sizes, eps=eps)
-    parts = (part.view(-1, count, head_dim) for part, count in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    unified_attention_with_output(*parts, attended, layer_name)
+    q, k, v = (part.view(-1, count, head_dim) for part, count in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    if slots is not None and not ours:  # without slots, in memory profiling, there is no cache
+        attn.impl.do_kv_cache_update(attn, k, v, kv_cache, slots)
+    unified_attention_with_output(q, k, v, attended, layer_name)
 
 
 def _attention_fake(

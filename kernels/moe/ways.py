@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..dispatch import Choice, interpreting
-from ..gemm.policy import INTEGERS, fp8_choices, has_fp8_units
-from ..gemm.reference import FP8, has_row_factors
+from ..gemm.policy import FP8_CAPABILITY, INTEGERS, fp8_choices, has_fp8_units
+from ..gemm.reference import FP8, GROUP, has_row_factors
 from ..gpus import Target
 from ..offers import capability_of
 from .config import MoeConfig, choose_config, config_text, is_forced
@@ -58,6 +58,11 @@ def begins_early(device: torch.device) -> bool:
     return capability_of(device) >= EARLY_CAPABILITY and torch.version.hip is None and not interpreting()
 
 
+def launch_options(early: bool) -> dict[str, bool]:
+    """For a launch that begins early: left out otherwise, for not every Triton knows the option."""
+    return {"launch_pdl": True} if early else {}
+
+
 def scan_of(num_pairs: int) -> int:
     """Ids that an expert's program looks at at a time. Two sizes: each is compiled for every height of a tile."""
     return SHORT_SCAN if num_pairs <= SHORT_SCAN else LONG_SCAN
@@ -95,6 +100,11 @@ def way_choices(target: Target) -> list[Choice]:
     early = f"; the second begins early up to {EARLY_TOKENS} tokens" if target.capability >= EARLY_CAPABILITY else ""
     order = f"sorted by expert, but for up to {MOST_APART} pairs among enough experts"
     beyond = f"from {MAX_TOKENS + 1} tokens"
+    walked = Choice(
+        f"{beyond}, FP8 blocks, down of a share's rows of up to {GROUP} columns, in tiles of 16 pairs",
+        why="rounded where they are multiplied; a program goes through a quarter of the columns",
+        tiles="its own, of no file",
+    )
     return [
         Choice(
             f"up to {MAX_TOKENS} tokens, bf16 and FP8 blocks",
@@ -102,6 +112,7 @@ def way_choices(target: Target) -> list[Choice]:
         ),
         Choice(f"{beyond}, bf16", why=order, tiles=tiles),
         replace(rounded, shapes=f"{beyond}, FP8 blocks", why=f"{order}; {rounded.why}", tiles=tiles),
+        *([walked] if target.capability >= FP8_CAPABILITY else []),
         replace(INTEGERS, shapes=f"any tokens, {INTEGERS.shapes}", why=f"{order}; {INTEGERS.why}", tiles=tiles),
         *peer_choices(target),
         *tall_choices(target),

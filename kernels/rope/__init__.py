@@ -7,8 +7,10 @@ import torch
 from .. import dispatch
 from . import reference
 
-dispatch.declare("qk_norm_rope")
-dispatch.declare("qk_norm_rope_write", cuda=(dispatch.Choice("paged caches of the activations' dtype"),))
+dispatch.declare("qk_norm_rope", cuda=(dispatch.Choice("caches of another dtype or layout, which the engine writes"),))
+dispatch.declare(
+    "qk_norm_rope_write", cuda=(dispatch.Choice("caches of the activations' dtype, written in the same launch"),)
+)
 dispatch.declare("sigmoid_gate")
 
 

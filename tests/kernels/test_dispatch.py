@@ -88,6 +88,7 @@ def test_the_table_is_that_of_the_gpu_asked_for() -> None:
     rounded = [choice for choice in rows(h200, "fused_moe") if "rounded" in choice.why]
     assert [choice.shapes.split(", if")[0] for choice in rounded] == [
         "from 17 tokens, FP8 blocks",
+        "from 17 tokens, FP8 blocks, down of a share's rows of up to 128 columns, in tiles of 16 pairs",
         "from 2048 tokens, FP8 blocks of 128",
     ]
     said = rounded[0].tiles.removeprefix("configs for h200: ").split(";")[0]

@@ -6,6 +6,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from ...integers import cdiv, next_power_of_2
+from ..ways import launch_options
 
 
 @triton.jit
@@ -81,5 +82,5 @@ def weighted_sum(
         BLOCK_H=block,
         EARLY=early,
         num_warps=warps,
-        **({"launch_pdl": True} if early else {}),
+        **launch_options(early),
     )

@@ -15,6 +15,7 @@ from ...dispatch import interpreting
 from ...gemm.policy import weight_codes
 from ...gemm.reference import GROUP, block_size
 from ...integers import cdiv, next_power_of_2
+from ..ways import launch_options
 from .few_kernels import down_kernel, gate_up_kernel
 
 _ROWS = 4  # of a weight matrix that a program holds at once, at most
@@ -134,6 +135,6 @@ def fused_moe_few(
         EVEN=block_i == inner and hidden % (_DOWN_STEPS * block_n) == 0,
         EARLY=early,
         num_warps=num_warps,
-        **({"launch_pdl": True} if early else {}),
+        **launch_options(early),
     )
     return out

@@ -12,6 +12,7 @@ from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
 from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
 from ...integers import cdiv, next_power_of_2
 from ..config import Tile
+from ..ways import launch_options
 from .align import Tiles
 
 
@@ -213,5 +214,5 @@ def grouped_product(
         EARLY=early,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"launch_pdl": True} if early else {}),
+        **launch_options(early),
     )

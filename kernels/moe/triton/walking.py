@@ -14,6 +14,7 @@ from ...dispatch import interpreting
 from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import round_to_fp8
+from ..ways import launch_options
 from .align import Tiles
 
 MOST_COLUMNS = GROUP  # of a row of weights: its inputs have one factor
@@ -121,5 +122,5 @@ def walking_product(
         UPCAST=interpreting() and not a.is_cuda,
         EARLY=early,
         num_warps=4,
-        **({"launch_pdl": True} if early else {}),
+        **launch_options(early),
     )

@@ -53,6 +53,7 @@ def interrupted(tokens: int, config: MoeConfig) -> Callable[[], object]:
 
 def main() -> None:
     """The driver launches nothing: what is not only compiled fails."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     driver.set_active(NamesTargetOnly())
     in_threads, finished = set(), []
 

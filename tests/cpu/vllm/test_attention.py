@@ -26,27 +26,32 @@ def paged(order: tuple[int, ...] = (0, 1, 2, 3)) -> torch.Tensor:
     return torch.randn([shape[i] for i in order]).permute(inverse)
 
 
-def layer_of(name: str = "FLASH_ATTN", **changes: Any) -> Any:
-    backend = SimpleNamespace(get_name=lambda: name, forward_includes_kv_cache_update=False)
-    kept = {"dtype": torch.bfloat16, "kv_cache_torch_dtype": torch.bfloat16, "kv_sharing_target_layer_name": None}
+def layer_of(name: str = "FLASH_ATTN", includes: bool = False, **changes: Any) -> Any:
+    backend = SimpleNamespace(get_name=lambda: name, forward_includes_kv_cache_update=includes)
+    kept: dict[str, Any] = {"dtype": torch.bfloat16, "kv_cache_torch_dtype": torch.bfloat16}
+    kept |= {"kv_sharing_target_layer_name": None, "query_quant": None}
     sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_size": DIM}
     return SimpleNamespace(**{"attn_backend": backend} | kept | sizes | changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "ours"),
+    ("changes", "apart", "ours"),
     [
-        ({}, True),
-        ({"name": "FLASHINFER"}, True),
-        ({"name": "TRITON_ATTN"}, True),
-        ({"name": "CPU_ATTN"}, False),
-        ({"name": "FLASH_ATTN_DIFFKV"}, False),
-        ({"kv_cache_torch_dtype": torch.float8_e4m3fn}, False),
-        ({"kv_sharing_target_layer_name": "model.layers.3"}, False),
+        ({}, True, True),
+        ({"name": "FLASHINFER"}, True, True),
+        ({"name": "TRITON_ATTN"}, True, True),
+        ({"name": "CPU_ATTN"}, True, False),
+        ({"name": "FLASH_ATTN_DIFFKV"}, True, False),
+        ({"kv_cache_torch_dtype": torch.float8_e4m3fn}, True, False),
+        ({"query_quant": object()}, False, True),
+        ({"includes": True}, False, True),
+        ({"kv_sharing_target_layer_name": "model.layers.3"}, False, True),
     ],
 )
-def test_caches_that_hold_what_they_are_given_are_ours_to_write(changes: dict[str, Any], ours: bool) -> None:
-    assert attention.takes_our_writes(layer_of(**changes)) is ours
+def test_who_writes_a_cache(changes: dict[str, Any], apart: bool, ours: bool) -> None:
+    layer = layer_of(**changes)
+    assert attention.writes_apart(layer) is apart
+    assert attention.takes_our_writes(layer) is ours
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
@@ -72,14 +77,17 @@ def test_our_views_are_those_vllm_writes_to(
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
-@pytest.mark.parametrize("profiling", [True, False])
+@pytest.mark.parametrize("writer", ["nobody, in profiling", "ours", "vLLM's"])
 def test_the_op_fills_cache_gate_and_output(
-    profiling: bool, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    writer: str, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = paged(order)
     before, slots = cache.clone(), torch.tensor([8, -1, 23, 0])  # of padded tokens there may be no slot at all
-    context: Any = ({}, layer_of(), cache, None if profiling else slots)
-    monkeypatch.setattr(attention, "get_attention_context", lambda name: context)
+    written: list[torch.Tensor] = []
+    update = SimpleNamespace(do_kv_cache_update=lambda layer, *call: written.extend(call))
+    layer = layer_of("FLASH_ATTN" if writer == "ours" else "CPU_ATTN", impl=update)
+    context: Any = ({}, layer, cache, None if writer.startswith("nobody") else slots)
+    monkeypatch.setattr(attention, "get_attention_context", {"layer": context}.__getitem__)
     attended_to: list[torch.Tensor] = []
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: torch.Tensor, name: Any) -> None:
@@ -91,18 +99,21 @@ def test_the_op_fills_cache_gate_and_output(
     constants = (torch.randn(DIM), torch.randn(DIM), torch.rand(9, 4))
     positions = torch.arange(TOKENS)
     out, gate = nan_like(TOKENS, HEADS, DIM), nan_like(TOKENS, HEADS * DIM)
-    attention.qwen3next_plugin_attention(qkv, *constants, positions, out, gate, 1e-6, "layer")
+    attention.qwen3next_plugin_attention(qkv, *constants, positions, out, gate, 1e-6, _encode_layer_name("layer"))
 
     sizes: dict[str, Any] = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
     q, k, v, expected_gate = qk_norm_rope(qkv, *constants, positions, **sizes, eps=1e-6)
     assert torch.equal(out.flatten(1), q) and torch.equal(gate, expected_gate)
     for seen, expected in zip(attended_to, (q, k, v), strict=True):
         assert torch.equal(seen, expected.view(TOKENS, -1, DIM))
-    if not profiling:
+    if writer == "ours":
         for token, (page, place) in {0: (1, 2), 2: (3, 5), 3: (0, 0)}.items():
             both = (k[token].view(KV_HEADS, DIM), v[token].view(KV_HEADS, DIM))
             before[page, :, place] = torch.cat(both, dim=-1)
     assert torch.equal(cache, before)
+    assert len(written) == (4 if writer == "vLLM's" else 0)
+    for seen, expected in zip(written, (*attended_to[1:], cache, slots), strict=False):
+        assert seen is expected
 
 
 def test_the_op_says_what_it_writes_and_traces_without_running() -> None:
