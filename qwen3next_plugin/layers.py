@@ -7,7 +7,7 @@ the recurrent core over its states.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -82,6 +82,17 @@ class GdnParts(nn.Module):
         return self.out_proj(core.flatten(1))[0]
 
 
+class Places(NamedTuple):
+    """Keys and values [pages, page size, kv heads, D] of a layer's cache, and the tokens' slots [T]; those below the
+    first are padding (`kernels.rope.qk_norm_rope_write`).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
+    first_slot: int = 0
+
+
 class GatedAttentionParts(nn.Module):
     """Attention whose query projection carries an output gate, without the attention over a cache.
 
@@ -125,17 +136,19 @@ class GatedAttentionParts(nn.Module):
         self,
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        places: Places | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
 
-        cache: keys, values and slots as `kernels.rope.qk_norm_rope_write` takes them, to write k and v there, too.
+        places: where k and v are to be written besides.
         """
         qkv = self.qkv_proj(hidden_states)[0]
-        if cache is None:
+        if places is None:
             return qk_norm_rope(qkv, *self.constants(), positions, **self.sizes, eps=self.eps)
         gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
-        return *qk_norm_rope_write(qkv, *self.constants(), positions, gate, *cache, **self.sizes, eps=self.eps), gate
+        cache = (gate, places.keys, places.values, places.slots)
+        options = {**self.sizes, "eps": self.eps, "first_slot": places.first_slot}
+        return *qk_norm_rope_write(qkv, *self.constants(), positions, *cache, **options), gate
 
     def constants(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q's and k's norm weights [D], and cos | sin [P, rotary_dim]."""

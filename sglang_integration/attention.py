@@ -11,8 +11,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from qwen3next_plugin.config import Qwen3NextSpec
-from qwen3next_plugin.layers import GatedAttentionParts
+from qwen3next_plugin.layers import GatedAttentionParts, Places
 from qwen3next_plugin.layers_base import ParallelLayers
+
+_FIRST = 1  # slot 0 is for tokens that pad a graph's batch, and SGLang's own writing leaves it out
 
 
 class Qwen3NextGatedAttention(GatedAttentionParts):
@@ -36,15 +38,13 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        cache = places_to_write(self.attn.layer_id, hidden_states, forward_batch.out_cache_loc)
-        q, k, v, gate = self.project(positions, hidden_states, cache)
-        return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=cache is None), gate)
+        places = places_to_write(self.attn.layer_id, hidden_states, forward_batch.out_cache_loc)
+        q, k, v, gate = self.project(positions, hidden_states, places)
+        return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=places is None), gate)
 
 
-def places_to_write(
-    layer_id: int, hidden_states: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Keys and values [1, slots, kv heads, head_dim] of the layer and the tokens' slots, or None: SGLang writes them.
+def places_to_write(layer_id: int, hidden_states: torch.Tensor, slots: torch.Tensor) -> Places | None:
+    """Where the layer's keys and values go, in one page of all slots, or None: SGLang writes them.
 
     Ours are plain pools of the activations' dtype. Others quantise, translate slots or have another layout. A step
     that torch.compile traces is SGLang's, too: there, padding is cut off inside its attention.
@@ -59,4 +59,4 @@ def places_to_write(
     if not plain or slots.dtype != torch.int64 or not slots.is_contiguous() or torch.compiler.is_compiling():
         return None
     keys, values = pool.get_kv_buffer(layer_id)
-    return keys[None], values[None], slots
+    return Places(keys[None], values[None], slots, first_slot=_FIRST)

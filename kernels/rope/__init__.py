@@ -153,6 +153,7 @@ def _qk_norm_rope_write_fake(
     num_kv_heads: int,
     head_dim: int,
     eps: float,
+    first_slot: int = 0,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, kv_size = qkv.shape[0], num_kv_heads * head_dim
@@ -175,30 +176,33 @@ def qk_norm_rope_write(
     num_kv_heads: int,
     head_dim: int,
     eps: float,
+    first_slot: int = 0,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`qk_norm_rope` that also writes keys and values into a paged cache, and the gate where it is told to.
 
     gate [T, NH*D], contiguous, is filled. key_cache and value_cache [pages, page_size, NKV, D] of qkv's dtype, with the
     same strides, a head's entries side by side: page s // page_size, place s % page_size takes the token of slot s.
-    slots [N] int64, N <= T, no two alike unless none is read: tokens from N on, and those whose slot is negative, are
-    padding and written nowhere; slots are not checked against the cache's size. Returns q [T, NH*D], k and v
+    slots [N] int64, N <= T, no two alike but for padding: tokens from N on and those of slots below ``first_slot``
+    (0 or more), which are written nowhere; slots are not checked against the cache's size. Returns q [T, NH*D], k and v
     [T, NKV*D]. Raises ValueError for shapes, strides or dtypes that do not fit. Kwon et al., PagedAttention, 2023,
     section 4.1.
     """
     _check(qkv, q_weight, k_weight, cos_sin, positions, num_heads, num_kv_heads, head_dim)
+    if first_slot < 0:
+        raise ValueError(f"qk_norm_rope_write: first_slot is {first_slot}; it must be 0 or more")
     _check_cache(qkv, gate, key_cache, value_cache, slots, num_heads, num_kv_heads, head_dim)
     sizes: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if dispatch.choose(qkv, backend) == dispatch.REFERENCE:
         q, k, v, gates = reference.qk_norm_rope(qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps)
         gate.copy_(gates)
-        reference.write_cache(k, v, key_cache, value_cache, slots)
+        reference.write_cache(k, v, key_cache, value_cache, slots, first_slot)
         return q.contiguous(), k.contiguous(), v.clone(memory_format=torch.contiguous_format)
     from . import triton
 
     cache = (key_cache, value_cache, slots)
     q, k, v, _ = triton.qk_norm_rope(
-        qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps, gate=gate, cache=cache
+        qkv, q_weight, k_weight, cos_sin, positions, **sizes, eps=eps, gate=gate, cache=cache, first_slot=first_slot
     )
     return q, k, v
 

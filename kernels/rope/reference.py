@@ -52,10 +52,15 @@ def qk_norm_rope(
 
 
 def write_cache(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+    first_slot: int,
 ) -> None:
-    """Put keys and values [T, NKV * D] into slots [N <= T] of caches [pages, page_size, NKV, D], below 0 none."""
-    tokens = (slots >= 0).nonzero().squeeze(1)
+    """Keys and values [T, NKV * D] into slots [N <= T] of caches [pages, page_size, NKV, D], below the first none."""
+    tokens = (slots >= first_slot).nonzero().squeeze(1)
     pages, places = slots[tokens] // key_cache.shape[1], slots[tokens] % key_cache.shape[1]
     for new, cache in ((key, key_cache), (value, value_cache)):
         cache[pages, places] = new[tokens].unflatten(1, cache.shape[2:]).to(cache.dtype)

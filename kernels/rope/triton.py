@@ -32,7 +32,7 @@ def _norm_rope_head(head_ptr, weight_ptr, cos_sin_ptr, head_dim, rotary_dim, eps
 
 # Positions and slots may be any slice of a step's, and are read one by one.
 @triton.jit(
-    do_not_specialize=["positions_stride", "num_slots", "page_size"],
+    do_not_specialize=["positions_stride", "num_slots", "first_slot", "page_size"],
     do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"],
 )
 def _qk_norm_rope_kernel(
@@ -49,6 +49,7 @@ def _qk_norm_rope_kernel(
     value_cache_ptr,
     slots_ptr,
     num_slots,
+    first_slot,
     page_size,
     page_stride,
     slot_stride,
@@ -91,7 +92,7 @@ def _qk_norm_rope_kernel(
         if WRITES:
             if token < num_slots:
                 slot = tl.load(slots_ptr + token)
-                if slot >= 0:
+                if slot >= first_slot:
                     place = slot // page_size * page_stride + slot % page_size * slot_stride + kv_head * head_stride
                     tl.store(key_cache_ptr + place + cols, k, mask=inside)
                     tl.store(value_cache_ptr + place + cols, v, mask=inside)
@@ -110,6 +111,7 @@ def qk_norm_rope(
     eps: float,
     gate: torch.Tensor | None = None,
     cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    first_slot: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `kernels.rope.qk_norm_rope` and, with a gate to fill and a cache, `qk_norm_rope_write`.
 
@@ -124,10 +126,10 @@ def qk_norm_rope(
     if tokens == 0:
         return q, k, v, gate
     if cache is None:  # whose arguments are not looked at then
-        written: tuple[torch.Tensor | int, ...] = (k, v, positions, 0, 0, 0, 0, 0)
+        written: tuple[torch.Tensor | int, ...] = (k, v, positions, 0, 0, 0, 0, 0, 0)
     else:
         keys, _, slots = cache
-        written = (*cache, slots.shape[0], keys.shape[1], *keys.stride()[:3])
+        written = (*cache, slots.shape[0], first_slot, keys.shape[1], *keys.stride()[:3])
     _qk_norm_rope_kernel[(tokens, num_heads + num_kv_heads)](
         qkv,
         q_weight.contiguous(),

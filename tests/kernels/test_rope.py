@@ -112,6 +112,18 @@ def test_one_page_of_slots(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_below_the_first_are_padding(backend: str, device: str) -> None:
+    tensors, sizes = arguments(3, 2, 2, 8, 4, device)
+    keys, values = (torch.zeros(1, 4, 2, 8, device=device) for _ in range(2))
+    slots, gate = torch.tensor([0, 1, 0], device=device), torch.empty(3, 16, device=device)
+    rope.qk_norm_rope_write(*tensors, gate, keys, values, slots, **sizes, first_slot=1, backend=backend)
+    for part in (keys, values):
+        assert part[0, 1].all() and not bool(part[0, 0].any()) and not bool(part[0, 2:].any())
+    with pytest.raises(ValueError, match="first_slot is -1"):
+        rope.qk_norm_rope_write(*tensors, gate, keys, values, slots, **sizes, first_slot=-1, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens_are_written(backend: str, device: str) -> None:
     tensors, sizes = arguments(0, 2, 1, 8, 4, device)
     cache = paged(1, 4, 1, 8, device, torch.float32, heads_first=False)

@@ -31,7 +31,7 @@ from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentR
 from qwen3next_plugin.kernels.gemm import policy
 from qwen3next_plugin.kernels.moe import peer_table, tall_rule, ways
 from qwen3next_plugin.kernels.moe import peers as moe_peers
-from qwen3next_plugin.layers import GatedAttentionParts, GdnParts
+from qwen3next_plugin.layers import GatedAttentionParts, GdnParts, Places
 from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 from qwen3next_plugin.layers_integer import IntegerExperts, IntegerLinear
 from qwen3next_plugin.layers_moe import GatedMLP, SparseMoE
@@ -204,7 +204,9 @@ class Attention:
             q, _, _, gate = self.layer.project(positions, qkv)
             self.layer.finish(q, gate)
             for keys, values in self.caches():
-                self.layer.project(positions, qkv, (keys, values, positions[: max(1, tokens - first)]))
+                for first_slot in range(2):
+                    slots = positions[: max(1, tokens - first)]
+                    self.layer.project(positions, qkv, Places(keys, values, slots, first_slot))
 
     def caches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As vLLM has them, in both orders, with pages of any size, and as SGLang has them."""

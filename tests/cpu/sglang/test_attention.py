@@ -50,9 +50,9 @@ def test_a_step_leaves_in_the_pool_what_sglang_would(tmp_path: Path, monkeypatch
     saved: list[bool] = []
     project = attention.Qwen3NextGatedAttention.project
 
-    def seen(self: Any, positions: Any, hidden_states: Any, cache: Any = None) -> Any:
-        saved.append(cache is None)
-        return project(self, positions, hidden_states, cache)
+    def seen(self: Any, positions: Any, hidden_states: Any, places: Any = None) -> Any:
+        saved.append(places is None)
+        return project(self, positions, hidden_states, places)
 
     monkeypatch.setattr(attention.Qwen3NextGatedAttention, "project", seen)
     mine = run(model, SEQUENCES, pool=ours)
@@ -92,6 +92,11 @@ def test_another_layout_is_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert places(pool, torch.arange(3), monkeypatch) is not None
     pool.kv_cache_layout = "hnd"
     assert places(pool, torch.arange(3), monkeypatch) is None
+
+
+def test_the_slot_of_padding_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = places(plain_pool(), torch.arange(3), monkeypatch)
+    assert found.first_slot == 1 and list(found.keys.shape) == [1, 65, 2, 8]
 
 
 def places(pool: Any, slots: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
