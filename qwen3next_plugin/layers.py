@@ -132,17 +132,13 @@ class GatedAttentionParts(nn.Module):
         self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin, persistent=False)
 
-    def project(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        places: Places | None = None,
+    def split(
+        self, positions: torch.Tensor, qkv: torch.Tensor, places: Places | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
+        """Of `qkv_proj`'s output q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
 
         places: where k and v are to be written besides.
         """
-        qkv = self.qkv_proj(hidden_states)[0]
         if places is None:
             return qk_norm_rope(qkv, *self.constants(), positions, **self.sizes, eps=self.eps)
         gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)

@@ -38,12 +38,14 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        places = places_to_write(self.attn.layer_id, hidden_states, forward_batch.out_cache_loc)
-        q, k, v, gate = self.project(positions, hidden_states, places)
+        qkv = self.qkv_proj(hidden_states)[0]
+        # After the product: a pool that is being loaded into is waited for here.
+        places = places_to_write(self.attn.layer_id, qkv, forward_batch.out_cache_loc)
+        q, k, v, gate = self.split(positions, qkv, places)
         return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=places is None), gate)
 
 
-def places_to_write(layer_id: int, hidden_states: torch.Tensor, slots: torch.Tensor) -> Places | None:
+def places_to_write(layer_id: int, qkv: torch.Tensor, slots: torch.Tensor) -> Places | None:
     """Where the layer's keys and values go, in one page of all slots, or None: SGLang writes them.
 
     Ours are plain pools of the activations' dtype. Others quantise, translate slots or have another layout. A step
@@ -52,9 +54,7 @@ def places_to_write(layer_id: int, hidden_states: torch.Tensor, slots: torch.Ten
     pool: Any = getattr(get_attn_backend(), "token_to_kv_pool", None)
     held: Any = getattr(pool, "full_kv_pool", pool)
     plain = (
-        type(held) is MHATokenToKVPool
-        and held.kv_cache_layout == "nhd"
-        and held.dtype == held.store_dtype == hidden_states.dtype
+        type(held) is MHATokenToKVPool and held.kv_cache_layout == "nhd" and held.dtype == held.store_dtype == qkv.dtype
     )
     if not plain or slots.dtype != torch.int64 or not slots.is_contiguous() or torch.compiler.is_compiling():
         return None

@@ -50,10 +50,10 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        if not self.in_one:
-            q, k, v, gate = self.project(positions, hidden_states)
-            return self.finish(self.attn(q, k, v), gate)
         qkv = self.qkv_proj(hidden_states)[0]
+        if not self.in_one:
+            q, k, v, gate = self.split(positions, qkv)
+            return self.finish(self.attn(q, k, v), gate)
         # Of two shapes: torch.compile may take two equal allocations for one.
         attended = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)

@@ -201,12 +201,12 @@ class Attention:
         for first in range(3):
             positions = torch.zeros(tokens + first, dtype=torch.int64)[first:]
             qkv = torch.zeros(tokens, width, dtype=BF16)
-            q, _, _, gate = self.layer.project(positions, qkv)
+            q, _, _, gate = self.layer.split(positions, qkv)
             self.layer.finish(q, gate)
             for keys, values in self.caches():
                 for first_slot in range(2):
                     slots = positions[: max(1, tokens - first)]
-                    self.layer.project(positions, qkv, Places(keys, values, slots, first_slot))
+                    self.layer.split(positions, qkv, Places(keys, values, slots, first_slot))
 
     def caches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As vLLM has them, in both orders, with pages of any size, and as SGLang has them."""
@@ -238,7 +238,7 @@ class Dense:
         x, gdn = torch.zeros(tokens, self.spec.hidden_size), self.spec.gdn
         self.gdn.project(x)
         self.gdn.finish(torch.zeros(tokens, gdn.num_v_heads, gdn.head_v_dim))
-        q, _, _, gate = self.attention.project(torch.zeros(tokens, dtype=torch.int64), x)
+        q, _, _, gate = self.attention.split(torch.zeros(tokens, dtype=torch.int64), self.attention.qkv_proj(x)[0])
         self.attention.finish(q, gate)
         self.router(x)
 

@@ -48,13 +48,13 @@ def test_a_step_leaves_in_the_pool_what_sglang_would(tmp_path: Path, monkeypatch
     sizes = {"head_num": heads["num_kv_heads"], "head_dim": heads["head_dim"]}
     ours, theirs = (hybrid_pool(full, **sizes) for _ in range(2))
     saved: list[bool] = []
-    project = attention.Qwen3NextGatedAttention.project
+    split = attention.Qwen3NextGatedAttention.split
 
-    def seen(self: Any, positions: Any, hidden_states: Any, places: Any = None) -> Any:
+    def seen(self: Any, positions: Any, qkv: Any, places: Any = None) -> Any:
         saved.append(places is None)
-        return project(self, positions, hidden_states, places)
+        return split(self, positions, qkv, places)
 
-    monkeypatch.setattr(attention.Qwen3NextGatedAttention, "project", seen)
+    monkeypatch.setattr(attention.Qwen3NextGatedAttention, "split", seen)
     mine = run(model, SEQUENCES, pool=ours)
     assert saved == [False] * len(full)
     monkeypatch.setattr(attention, "places_to_write", lambda *args: None)
