@@ -43,7 +43,7 @@ class GdnParts(nn.Module):
         self.in_proj_ba = layers.merged_column(
             spec.hidden_size, [gdn.num_v_heads, gdn.num_v_heads], **layers.options(f"{prefix}.in_proj_ba")
         )
-        self.in_proj = FewRows(f"{prefix}.in_proj", self.in_proj_qkvz, self.in_proj_ba)
+        self.in_proj = FewRows(f"{prefix}.in_proj", self.in_proj_qkvz, self.in_proj_ba, normed=True)
         self.out_proj = layers.row(gdn.value_dim, spec.hidden_size, **layers.options(f"{prefix}.out_proj"))
         take_few_rows(f"{prefix}.out_proj", self.out_proj)
 
@@ -55,12 +55,15 @@ class GdnParts(nn.Module):
         self.A_log = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=partial(load, "A_log"))
         self.dt_bias = frozen_parameter(self.num_v_heads, dtype=torch.float32, loader=partial(load, "dt_bias"))
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]."""
+    def project(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the sum's norm this rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]; the sum [T, hidden_size]."""
         if self.in_proj.runs(hidden_states, self.in_proj_qkvz, self.in_proj_ba):
-            qkvz, ba = self.in_proj(hidden_states)
-            return qkvz, ba
-        return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0]
+            (qkvz, ba), residual = self.in_proj.of_norm(hidden_states, residual, norm)
+            return qkvz, ba, residual
+        hidden_states, residual = norm.add(hidden_states, residual)
+        return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0], residual
 
     def gates(self, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of that projection: a and b, each [T, HV]."""
@@ -118,7 +121,7 @@ class GatedAttentionParts(nn.Module):
             attention.num_kv_heads,
             **layers.options(f"{prefix}.qkv_proj"),
         )
-        take_few_rows(f"{prefix}.qkv_proj", self.qkv_proj)
+        self.in_proj = FewRows(f"{prefix}.qkv_proj", self.qkv_proj, normed=True)
         self.o_proj = layers.row(
             attention.num_heads * attention.head_dim, spec.hidden_size, **layers.options(f"{prefix}.o_proj")
         )
@@ -132,10 +135,20 @@ class GatedAttentionParts(nn.Module):
         self.cos_sin: torch.Tensor
         self.register_buffer("cos_sin", cos_sin, persistent=False)
 
+    def project(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's queries, gates, keys and values of the sum's norm, and the sum [T, hidden_size]."""
+        if self.in_proj.runs(hidden_states, self.qkv_proj):
+            (qkv,), residual = self.in_proj.of_norm(hidden_states, residual, norm)
+            return qkv, residual
+        hidden_states, residual = norm.add(hidden_states, residual)
+        return self.qkv_proj(hidden_states)[0], residual
+
     def split(
         self, positions: torch.Tensor, qkv: torch.Tensor, places: Places | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Of `qkv_proj`'s output q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
+        """Of `project`'s output q and gate [T, heads * D], k and v [T, kv_heads * D], in the order q, k, v, gate.
 
         places: where k and v are to be written besides.
         """
@@ -171,7 +184,7 @@ class DecoderLayer(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.dense = kind, dense
         # Engines tell the kinds of layers apart by which of the two names is there.
         if kind is LayerKind.LINEAR:
             self.linear_attn = mixer
@@ -192,10 +205,13 @@ class DecoderLayer(nn.Module):
 
         ``step`` is what the engine's mixers take besides, such as SGLang's ForwardBatch.
         """
-        hidden_states, residual = self.input_layernorm.add(hidden_states, residual)
+        # The norms are part of what follows them: with a row or two they take no launch of their own.
+        before = (hidden_states, residual, self.input_layernorm)
         if self.kind is LayerKind.LINEAR:
-            hidden_states = self.linear_attn(hidden_states, *step)
+            hidden_states, residual = self.linear_attn(*before, *step)
         else:
-            hidden_states = self.self_attn(positions, hidden_states, *step)
-        hidden_states, residual = self.post_attention_layernorm.add(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+            hidden_states, residual = self.self_attn(positions, *before, *step)
+        if self.dense:
+            hidden_states, residual = self.post_attention_layernorm.add(hidden_states, residual)
+            return self.mlp(hidden_states), residual
+        return self.mlp(hidden_states, residual, self.post_attention_layernorm)

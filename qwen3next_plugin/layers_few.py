@@ -18,8 +18,10 @@ from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from .kernels import dispatch
-from .kernels.gemm import few_matmul, few_matmul_pair, fits_few, runs_few
+from .kernels.gemm import few_matmul, few_matmul_of_norm, few_matmul_pair, fits_few, runs_few
+from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.rope import sigmoid_gate
+from .layers_base import ZeroCentredRMSNorm
 
 _BY_NAME: "weakref.WeakValueDictionary[str, FewRows]" = weakref.WeakValueDictionary()
 
@@ -48,12 +50,15 @@ class FewRows:
     """One of an engine's layers, or two that share their input, and how this rank's products come about.
 
     ``name`` is one of a kind in this process among the layers of compiled models; ``gated`` says whether x comes with a
-    gate. Neither a module nor a holder of parameters of its own.
+    gate, ``normed`` whether it is a norm, and ``keeps`` whether that is wanted besides. Neither a module nor a holder
+    of parameters of its own.
     """
 
-    def __init__(self, name: str, *layers: nn.Module, gated: bool = False) -> None:
+    def __init__(
+        self, name: str, *layers: nn.Module, gated: bool = False, normed: bool = False, keeps: bool = False
+    ) -> None:
         self.layers = layers
-        self.gated = gated
+        self.gated, self.normed, self.keeps = gated, normed, keeps
         self.name = name
         self._applies: list[Callable[..., torch.Tensor]] = []
         for layer in layers:
@@ -83,11 +88,28 @@ class FewRows:
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> list[torch.Tensor]:
         """x [T, K], which has passed `runs`, behind a gate or not -> each layer's [T, N], not summed over ranks."""
-        weight, scale_inv = _weight(self.layers[0])
-        second, second_scale_inv = _weight(self.layers[1]) if len(self.layers) > 1 else (None, None)
         if torch.compiler.is_compiling():
-            return dense(x, gate, weight, scale_inv, second, second_scale_inv, LayerKey(self.name))
-        return _run(self, x, gate, weight, scale_inv, second, second_scale_inv)
+            return dense(x, gate, *self._weights(), LayerKey(self.name))
+        return _run(self, x, gate, *self._weights())
+
+    def of_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Each layer's product of norm(x + residual), then, if it is kept, the norm itself; and the sum.
+
+        x and residual [T, K] have passed `runs`. With one row, and most often with two, all of it is one launch.
+        """
+        inputs, weights = (x, residual, norm.weight, norm.eps), self._weights()
+        if torch.compiler.is_compiling():
+            found = dense_of_norm(*inputs, *weights, self.keeps, LayerKey(self.name))
+        else:
+            found = _run_of_norm(self, *inputs, *weights, self.keeps)
+        products, left = found[: len(self.layers)], found[len(self.layers) :]
+        return products + left[len(left) - self.keeps :], x if residual is None else left[0]
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        second = _weight(self.layers[1]) if len(self.layers) > 1 else (None, None)
+        return *_weight(self.layers[0]), *second
 
     def by_engine(self, x: torch.Tensor, gate: torch.Tensor | None) -> list[torch.Tensor]:
         """The same by the engine's own products."""
@@ -160,9 +182,70 @@ def dense(
     key: LayerKey,
 ) -> list[torch.Tensor]:
     """The products of the `FewRows` of this name, whose weights these are. RuntimeError if they are another's."""
+    return _run(_named(key, weight), x, gate, weight, scale_inv, second, second_scale_inv)
+
+
+def _named(key: LayerKey, weight: torch.Tensor) -> FewRows:
     few = _BY_NAME.get(key.name)
     if few is None or _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
         raise RuntimeError(
             f"the compiled layer {key.name!r} is no longer the last of its name in this process: start one engine in it"
         )
-    return _run(few, x, gate, weight, scale_inv, second, second_scale_inv)
+    return few
+
+
+def _run_of_norm(
+    few: FewRows,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+    keep: bool,
+) -> list[torch.Tensor]:
+    if runs_few(x.shape[0], weight):
+        weights = (weight, scale_inv, second, second_scale_inv)
+        return few_matmul_of_norm(x, residual, norm_weight, eps, *weights, keep=keep)
+    if residual is None:
+        y, left = rms_norm(x, norm_weight, eps), []
+    else:
+        y, total = add_rms_norm(x, residual, norm_weight, eps)
+        left = [total]
+    return [*few.by_engine(y, None), *left, *([y] if keep else [])]
+
+
+def _dense_of_norm_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+    keep: bool,
+    key: LayerKey,
+) -> list[torch.Tensor]:
+    outs = _dense_fake(x, None, weight, scale_inv, second, second_scale_inv, key)
+    return outs + [x.new_empty(x.shape) for wanted in (residual is not None, keep) if wanted]
+
+
+@dispatch.custom_op(fake=_dense_of_norm_fake)
+def dense_of_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: torch.Tensor | None,
+    second_scale_inv: torch.Tensor | None,
+    keep: bool,
+    key: LayerKey,
+) -> list[torch.Tensor]:
+    """`dense` of norm(x + residual); then the sum, if there is a residual, and the norm, if it is to be kept."""
+    weights = (weight, scale_inv, second, second_scale_inv)
+    return _run_of_norm(_named(key, weight), x, residual, norm_weight, eps, *weights, keep)

@@ -13,8 +13,8 @@ from .config import Qwen3NextSpec
 from .errors import PluginError
 from .expert_shard import ExpertShard
 from .kernels.moe import add_shared_expert, fused_moe, route
-from .layers_base import ParallelLayers, WeightHolder, frozen_parameter
-from .layers_few import take_few_rows
+from .layers_base import ParallelLayers, WeightHolder, ZeroCentredRMSNorm, frozen_parameter
+from .layers_few import FewRows
 from .layers_fp8 import Fp8Columns, Fp8Rows, cuts_fp8_blocks
 from .layers_integer import IntegerExperts
 from .weights import Placement
@@ -153,7 +153,7 @@ class SparseMoE(nn.Module):
         self.moe = moe = spec.moe
         unquantised = layers.options(f"{prefix}.gate") | {"quant_config": None}
         self.gate = layers.replicated(spec.hidden_size, moe.num_experts, **unquantised)
-        take_few_rows(f"{prefix}.gate", self.gate)
+        self.router = FewRows(f"{prefix}.gate", self.gate, normed=True, keeps=True)
         shard = ExpertShard(spec, layers.rank, layers.size, layers.expert_parallel)
         stored = layers.integer_format(f"{prefix}.experts.w13")
         self.joined = joins_experts(spec, layers, prefix)
@@ -172,9 +172,19 @@ class SparseMoE(nn.Module):
         self.shared_expert_gate = WeightHolder(1, spec.hidden_size)
         self.all_reduce = layers.all_reduce if layers.size > 1 else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] -> [T, hidden_size], summed over the ranks."""
-        logits, gate = self.gate(hidden_states)[0], self.shared_expert_gate.weight
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [T, hidden_size] -> the output for their sum's norm, summed over the ranks, and the sum."""
+        if self.router.runs(hidden_states, self.gate):
+            (logits, normed), residual = self.router.of_norm(hidden_states, residual, norm)
+            return self.mixture(normed, logits), residual
+        hidden_states, residual = norm.add(hidden_states, residual)
+        return self.mixture(hidden_states, self.gate(hidden_states)[0]), residual
+
+    def mixture(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size], by the router's [T, E] -> [T, hidden_size], summed over the ranks."""
+        gate = self.shared_expert_gate.weight
         joined = (hidden_states, gate) if self.joined else (None, None)
         weights, ids = route(logits, self.moe.top_k, self.moe.norm_topk_prob, *joined)
         output = self.experts(hidden_states, weights, ids)

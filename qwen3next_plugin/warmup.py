@@ -99,7 +99,7 @@ def warm_up(models: Iterable[nn.Module], serving: Serving) -> WarmUp:
                 kinds.add(kind)
                 _launch(module, serving)
         for few in few_rows_of(modules):
-            kind = few.gated, tuple(map(_form, few.tensors()))
+            kind = few.gated, few.normed, few.keeps, tuple(map(_form, few.tensors()))
             if kind not in kinds:
                 kinds.add(kind)
                 _few_rows(few, serving)
@@ -140,10 +140,16 @@ def _form(tensor: torch.Tensor) -> object:
 def _few_rows(few: FewRows, serving: Serving) -> None:
     """Products of few rows with the weights of an engine's layers, where they are ours."""
     columns = few.tensors()[0].shape[1]
+    norm = ZeroCentredRMSNorm(columns, eps=1e-6).to(serving.device, serving.dtype)
     for tokens in range(1, MAX_ROWS + 1):
         x = serving.zeros(tokens, columns)
-        if few.runs(x, *few.layers):
+        if not few.runs(x, *few.layers):
+            continue
+        if not few.normed:
             few(x, serving.zeros(tokens, columns) if few.gated else None)
+            continue
+        for residual in (x,) if few.keeps else (x, None):  # a model's first layer has none
+            few.of_norm(x, residual, norm)
 
 
 @singledispatch

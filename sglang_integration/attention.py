@@ -12,7 +12,7 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers import GatedAttentionParts, Places
-from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 
 _FIRST = 1  # slot 0 is for tokens that pad a graph's batch, and SGLang's own writing leaves it out
 
@@ -35,14 +35,19 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         )
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        qkv = self.qkv_proj(hidden_states)[0]
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: ZeroCentredRMSNorm,
+        forward_batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T], both [T, hidden_size] -> the output for the sum's norm, summed over the ranks; the sum."""
+        qkv, residual = self.project(hidden_states, residual, norm)
         # After the product: a pool that is being loaded into is waited for here.
         places = places_to_write(self.attn.layer_id, qkv, forward_batch.out_cache_loc)
         q, k, v, gate = self.split(positions, qkv, places)
-        return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=places is None), gate)
+        return self.finish(self.attn(q, k, v, forward_batch, save_kv_cache=places is None), gate), residual
 
 
 def places_to_write(layer_id: int, qkv: torch.Tensor, slots: torch.Tensor) -> Places | None:

@@ -8,7 +8,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.layers import GdnParts
-from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 
 
 class Qwen3NextGdnLayer(GdnParts):
@@ -28,10 +28,16 @@ class Qwen3NextGdnLayer(GdnParts):
         )
         self.attn.core_parameters = self.core_parameters
 
-    def forward(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        qkvz, ba = self.project(hidden_states)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: ZeroCentredRMSNorm,
+        forward_batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [T, hidden_size] -> the output for the sum's norm, summed over the ranks; the sum."""
+        qkvz, ba, residual = self.project(hidden_states, residual, norm)
         a, b = self.gates(ba)
         # SGLang looks at the number of rows of mixed_qkv only, and cuts off padding there: so z goes with it.
         core = self.attn(forward_batch, mixed_qkv=qkvz, a=a, b=b)
-        return self.finish(core.view(-1, self.num_v_heads, self.head_v_dim))
+        return self.finish(core.view(-1, self.num_v_heads, self.head_v_dim)), residual

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.rope import qk_norm_rope, qk_norm_rope_write
 from qwen3next_plugin.layers import GatedAttentionParts
-from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 
 from .names import ATTENTION_OP
 
@@ -48,19 +48,25 @@ class Qwen3NextGatedAttention(GatedAttentionParts):
         )
         self.in_one = writes_apart(self.attn)
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """positions [T], hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        qkv = self.qkv_proj(hidden_states)[0]
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: ZeroCentredRMSNorm,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T], both [T, hidden_size] -> the output for the sum's norm, summed over the ranks; the sum."""
+        qkv, residual = self.project(hidden_states, residual, norm)
         if not self.in_one:
             q, k, v, gate = self.split(positions, qkv)
-            return self.finish(self.attn(q, k, v), gate)
+            return self.finish(self.attn(q, k, v), gate), residual
         # Of two shapes: torch.compile may take two equal allocations for one.
         attended = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         gate = qkv.new_empty(qkv.shape[0], self.num_heads * self.head_dim)
         torch.ops.vllm.qwen3next_plugin_attention(
             qkv, *self.constants(), positions, attended, gate, self.eps, _encode_layer_name(self.attn.layer_name)
         )
-        return self.finish(attended.flatten(1), gate)
+        return self.finish(attended.flatten(1), gate), residual
 
 
 def writes_apart(attn: Attention) -> bool:

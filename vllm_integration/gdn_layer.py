@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from qwen3next_plugin.config import Qwen3NextSpec
 from qwen3next_plugin.kernels.gdn.step import gdn_step
 from qwen3next_plugin.layers import GdnParts
-from qwen3next_plugin.layers_base import ParallelLayers
+from qwen3next_plugin.layers_base import ParallelLayers, ZeroCentredRMSNorm
 
 from .gdn_metadata import Qwen3NextGdnBackend, Qwen3NextGdnMetadata
 from .names import GDN_CORE_OP
@@ -74,12 +74,14 @@ class Qwen3NextGdnLayer(GdnParts, MambaBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return Qwen3NextGdnBackend
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, hidden_size] -> [T, hidden_size], summed over the tensor-parallel ranks."""
-        qkvz, ba = self.project(hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [T, hidden_size] -> the output for the sum's norm, summed over the ranks; the sum."""
+        qkvz, ba, residual = self.project(hidden_states, residual, norm)
         core = qkvz.new_empty(qkvz.shape[0], self.num_v_heads, self.head_v_dim)
         torch.ops.vllm.qwen3next_plugin_gdn_core(qkvz, ba, core, _encode_layer_name(self.prefix))
-        return self.finish(core)
+        return self.finish(core), residual
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """conv_state [S, conv_dim, L] and ssm_state [S, HV, V, K] as the kernels take them, once vLLM has a cache."""

@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
+from ..early import begins_early, launch_options
 from ..integers import cdiv, next_power_of_2
 from ..ranges import BLOCK_ROWS, covered
 from .config import decode_tile, table_of
@@ -76,6 +78,7 @@ def _gdn_decode_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HAS_SNAPSHOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # One program a row and key head, for all of its value heads: alone it reads and moves that key head's windows.
     place = (tl.program_id(0) // K_HEADS).to(tl.int64)  # a row, and a token of the same number
@@ -90,6 +93,16 @@ def _gdn_decode_kernel(
     k_mask = k_index < KEY_DIM
     in_head = v_all < VALUE_DIM
 
+    # The largest read by far is asked for first, before the projections that come in are there; the next tile once this
+    # one is stored, or (AHEAD) before.
+    rows_of_tile = tl.arange(0, BLOCK_V)
+    tile = (rows_of_tile < VALUE_DIM)[:, None] & k_mask[None, :]
+    state_at = state + slot * state_slot + rows_of_tile[:, None] * state_v + k_index[None, :] * state_k
+    if EARLY:
+        ahead = tl.load(state_at + first_head * state_head, mask=tile & live, other=0.0)
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
     # Row n has token n as a rule; every other token looks for its row, and has zeros if there is none.
     alone = (place < num_tokens) & ((start != place) | (live == 0))
     if alone:
@@ -101,11 +114,8 @@ def _gdn_decode_kernel(
     if live == 0:
         return
 
-    # The largest read by far is asked for first; the next tile once this one is stored, or (AHEAD) before.
-    rows_of_tile = tl.arange(0, BLOCK_V)
-    tile = (rows_of_tile < VALUE_DIM)[:, None] & k_mask[None, :]
-    state_at = state + slot * state_slot + rows_of_tile[:, None] * state_v + k_index[None, :] * state_k
-    ahead = tl.load(state_at + first_head * state_head, mask=tile, other=0.0)
+    if not EARLY:
+        ahead = tl.load(state_at + first_head * state_head, mask=tile, other=0.0)
     snapshot = tl.load(snapshot_slots + place).to(tl.int64) if HAS_SNAPSHOT else slot
     x = qkv + start * qkv_token
     q, k = advance_keys(
@@ -255,6 +265,7 @@ def gdn_decode_fused(
         "HAS_SNAPSHOT": snapshot_slots is not None,
         "num_warps": num_warps,
     }
+    early = begins_early(out.device, max(rows, tokens))
     if tiled and tile.num_stages > 1:
         scratch = torch.empty(2 * rows * v_heads * value_dim, dtype=torch.float32, device=out.device)
         gdn_decode_staged_kernel[(programs,)](
@@ -272,6 +283,5 @@ def gdn_decode_fused(
         )
         return
     blocks = next_power_of_2(tiles)
-    _gdn_decode_kernel[(programs,)](
-        *inputs, conv_state, ssm_state, out, *numbers, **shape, V_BLOCKS=blocks, AHEAD=tiled
-    )
+    ahead = {"V_BLOCKS": blocks, "AHEAD": tiled, "EARLY": early, **launch_options(early)}
+    _gdn_decode_kernel[(programs,)](*inputs, conv_state, ssm_state, out, *numbers, **shape, **ahead)

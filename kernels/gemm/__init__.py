@@ -4,7 +4,7 @@ import torch
 
 from .. import dispatch
 from . import formats, reference
-from .few import MAX_ROWS, UNEVEN_ROWS, few_matmul, few_matmul_pair, fits_few, runs_few
+from .few import MAX_ROWS, UNEVEN_ROWS, few_matmul, few_matmul_of_norm, few_matmul_pair, fits_few, runs_few
 from .formats import check_quantized, check_rounding, columns_of
 from .policy import INTEGERS, fp8_choices, quantizes_activations
 from .reference import FP8, block_size, dequantize_block, has_row_factors, quantize_block
@@ -17,6 +17,7 @@ __all__ = [
     "block_size",
     "dequantize_block",
     "few_matmul",
+    "few_matmul_of_norm",
     "few_matmul_pair",
     "fits_few",
     "quantize_block",

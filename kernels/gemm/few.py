@@ -4,6 +4,7 @@ import torch
 
 from .. import dispatch
 from ..checks import FLOATS
+from ..norm import reference as norms
 from .policy import has_fp8_units
 from .reference import FP8, block_size, dequantize_block, has_row_factors
 
@@ -162,3 +163,67 @@ def few_matmul_pair(
 
     first, other = triton_few.few_matmul(x, weight, scale_inv, second=(second, second_scale_inv))
     return first, other
+
+
+def _few_matmul_of_norm_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
+    second_scale_inv: torch.Tensor | None = None,
+    *,
+    keep: bool = False,
+    backend: str | None = None,
+) -> list[torch.Tensor]:
+    outs = [x.new_empty((x.shape[0], one.shape[0])) for one in (weight, second) if one is not None]
+    return outs + [x.new_empty(x.shape) for wanted in (residual is not None, keep) if wanted]
+
+
+@dispatch.custom_op(fake=_few_matmul_of_norm_fake)
+def few_matmul_of_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None = None,
+    second: torch.Tensor | None = None,
+    second_scale_inv: torch.Tensor | None = None,
+    *,
+    keep: bool = False,
+    backend: str | None = None,
+) -> list[torch.Tensor]:
+    """The products of norm(x + residual), zero-centred as in `kernels.norm.add_rms_norm`, with one weight or two.
+
+    x and residual (or None: nothing is added) [M, K], norm_weight [K]; weights as `few_matmul` takes them -> [M, N],
+    with a second weight [M, N2], with a residual the sum [M, K], and with ``keep`` the norm itself [M, K], in this
+    order. One launch where the products are vectors and a program holds whole rows (one row of x, and two with weights
+    that are not wide FP8 ones; K up to 4,096 bytes of a weight's row), otherwise two. Raises ValueError for what does
+    not fit.
+    """
+    weights = [(weight, scale_inv)] if second is None else [(weight, scale_inv), (second, second_scale_inv)]
+    for one, name in zip(weights, ("weight", "second"), strict=False):
+        _check("few_matmul_of_norm", x, *one, name)
+    if norm_weight.shape != x.shape[1:]:
+        raise ValueError(
+            f"few_matmul_of_norm: norm_weight is {list(norm_weight.shape)} and x is {list(x.shape)}; norm_weight must "
+            f"be [{x.shape[1]}]"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"few_matmul_of_norm: residual is {residual.dtype} {list(residual.shape)}; it must be as x, {x.dtype} "
+            f"{list(x.shape)}"
+        )
+    if dispatch.choose(x, backend) == dispatch.REFERENCE:
+        y, total = norms.rms_norm(x, norm_weight, eps), x
+        if residual is not None:
+            y, total = norms.add_rms_norm(x, residual, norm_weight, eps)
+        outs = [_reference(y, *one).to(x.dtype) for one in weights]
+        return outs + [left for left, wanted in ((total, residual is not None), (y, keep)) if wanted]
+    from . import triton_few
+
+    norm = triton_few.Norm(norm_weight, eps, residual, keep)
+    return list(triton_few.few_matmul_of_norm(x, norm, weight, scale_inv, weights[1] if len(weights) > 1 else None))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from ..dispatch import interpreting
+from ..early import begins_early, launch_options
 from ..integers import cdiv, next_power_of_2
+from ..norm import triton as norms
 from ..rope.triton import sigmoid_gate
 from .few import WIDE_ROWS, WIDE_TILE
 from .policy import weight_codes
@@ -23,6 +25,26 @@ _TILE_ROWS = (8, 16)  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
 _PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
+
+
+NORMED_ROWS = 8
+"""Of a weight that a program with a norm before its product holds: each program norms x anew, which should be few."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What comes before a product: its input is the zero-centred norm of x, and of the ``residual`` added to it."""
+
+    weight: torch.Tensor
+    eps: float
+    residual: torch.Tensor | None
+    keeps: bool  # the norm itself is wanted, too
+
+    def apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm and the sum that it is of, in a launch of its own."""
+        if self.residual is None:
+            return norms.rms_norm(x, self.weight, self.eps), x
+        return norms.add_rms_norm(x, self.residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -42,13 +64,13 @@ def takes_vectors(rows_of_x: int, weight: torch.Tensor) -> bool:
     return rows_of_x <= (1 if wide else VECTOR_ROWS)
 
 
-def tile_of(rows_of_x: int, weight: torch.Tensor, first: Tile | None = None) -> Tile:
+def tile_of(rows_of_x: int, weight: torch.Tensor, first: Tile | None = None, normed: bool = False) -> Tile:
     """The tile for a product of so many rows with ``weight`` [N, K], in one launch with the ``first`` weight's if there
-    is one. What to tune on a GPU stands here.
+    is one, behind a norm or not. What to tune on a GPU stands here.
     """
     (n, k), size = weight.shape, weight.element_size()
     if first.vector if first is not None else takes_vectors(rows_of_x, weight):
-        rows = 4
+        rows = NORMED_ROWS if normed else 4
         while rows > 1 and n < rows * _PROGRAMS:
             rows //= 2
         columns = max(min(next_power_of_2(k), _ROW_BYTES // size), 32 * _LOAD_BYTES // size)
@@ -76,6 +98,10 @@ class _Cut:
         return min(self.tile.rows, self.block[0])
 
     @property
+    def one_step(self) -> bool:
+        return self.weight.shape[1] <= self.tile.columns
+
+    @property
     def programs(self) -> int:
         return cdiv(self.weight.shape[0], self.block_n)
 
@@ -95,12 +121,13 @@ class _Cut:
             "SCALE_K": self.block[1],
             "SCALED": self.scale is not None,
             "WHOLE": self.weight.shape[1] % self.tile.columns == 0,
+            "ONE_STEP": self.one_step,
         }
         return {name + suffix: value for name, value in values.items()}
 
 
 def _cut(weight: torch.Tensor, scale: torch.Tensor | None, tile: Tile) -> _Cut:
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = _rows_together(weight)
     if scale is None:
         return _Cut(weight, None, tile, (GROUP, GROUP))
     return _Cut(weight_codes(weight), scale, tile, block_size(weight, scale))
@@ -118,22 +145,68 @@ def few_matmul(
 
     ``tiles`` instead of the table's, for measuring: both as vectors or both as matrices, with as many warps.
     """
-    (M, K), pair = x.shape, second is not None
-    own, others = tiles or (tile_of(M, weight), None)
-    one = _cut(weight, scale_inv, own)
-    other = one if second is None else _cut(*second, others or tile_of(M, second[0], own))
-    outs = [torch.empty((M, cut.weight.shape[0]), dtype=x.dtype, device=x.device) for cut in (one, other)[: 1 + pair]]
+    cuts = _cuts(x, weight, scale_inv, second, tiles)
+    if gate is not None and not cuts[0].tile.vector:  # each program would compute all of the gate: a launch costs less
+        x, gate = sigmoid_gate(x, gate), None
+    return _launch(x, cuts, gate, None)
+
+
+def few_matmul_of_norm(
+    x: torch.Tensor,
+    norm: Norm,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """See `kernels.gemm.few_matmul_of_norm`; the arguments are taken as checked. ``tiles`` as in `few_matmul`."""
+    cuts = _cuts(x, weight, scale_inv, second, tiles, normed=True)
+    if x.shape[0] > 0 and all(cut.tile.vector and cut.one_step and cut.programs for cut in cuts):
+        return _launch(x, cuts, None, norm)
+    y, total = norm.apart(x)
+    outs = _launch(y, _cuts(x, weight, scale_inv, second, tiles), None, None)
+    return *outs, *([] if norm.residual is None else [total]), *([y] if norm.keeps else [])
+
+
+def _cuts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor | None,
+    second: tuple[torch.Tensor, torch.Tensor | None] | None,
+    tiles: tuple[Tile, Tile] | None,
+    normed: bool = False,
+) -> list[_Cut]:
+    own, others = tiles or (tile_of(x.shape[0], weight, normed=normed), None)
+    cuts = [_cut(weight, scale_inv, own)]
+    if second is not None:
+        cuts.append(_cut(*second, others or tile_of(x.shape[0], second[0], own, normed)))
+    return cuts
+
+
+def _rows_together(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _launch(
+    x: torch.Tensor, cuts: list[_Cut], gate: torch.Tensor | None, norm: Norm | None
+) -> tuple[torch.Tensor, ...]:
+    """Each weight's product, then the sum that was normed and the norm, as far as they are asked for."""
+    (M, K), one, other = x.shape, cuts[0], cuts[-1]
+    outs = [torch.empty((M, cut.weight.shape[0]), dtype=x.dtype, device=x.device) for cut in cuts]
     if sum(out.numel() for out in outs) == 0:
         return tuple(outs)
-    if gate is not None and not one.tile.vector:  # each program would compute all of the gate: a launch costs less
-        x, gate = sigmoid_gate(x, gate), None
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if gate is not None and gate.stride(1) != 1:
-        gate = gate.contiguous()
+    added, kept = norm is not None and norm.residual is not None, norm is not None and norm.keeps
+    left = [torch.empty((M, K), dtype=x.dtype, device=x.device) for wanted in (added, kept) if wanted]
+    beside = gate if norm is None else norm.residual
+    x, beside = _rows_together(x), None if beside is None else _rows_together(beside)
     rows = min(M, VECTOR_ROWS) if one.tile.vector else next(rows for rows in _TILE_ROWS if rows >= M)
-    few_matmul_kernel[(one.programs + (other.programs if pair else 0), cdiv(M, rows))](
+    early = begins_early(x.device, M)
+    few_matmul_kernel[(sum(cut.programs for cut in cuts), cdiv(M, rows))](
         x,
-        x if gate is None else gate,
+        x if beside is None else beside,
+        x if norm is None else norm.weight.contiguous(),
+        left[0] if left else x,
+        left[-1] if left else x,
         one.weight,
         x if one.scale is None else one.scale,
         outs[0],
@@ -145,19 +218,25 @@ def few_matmul(
         other.weight.shape[0],
         K,
         x.stride(0),
-        0 if gate is None else gate.stride(0),
+        0 if beside is None else beside.stride(0),
         one.weight.stride(0),
         other.weight.stride(0),
         *one.scale_strides,
         *other.scale_strides,
+        0.0 if norm is None else norm.eps,
         ROWS_OF_X=rows,
         VECTOR=one.tile.vector,
         GATED=gate is not None,
-        PAIR=pair,
+        NORMED=norm is not None,
+        ADDED=added,
+        KEPT=kept,
+        PAIR=len(cuts) > 1,
         UPCAST=interpreting() and not x.is_cuda,
         **one.constants(""),
         **other.constants("2"),
-        num_warps=max(one.tile.num_warps, other.tile.num_warps),
+        EARLY=early,
+        num_warps=max(cut.tile.num_warps for cut in cuts),
         num_stages=one.tile.num_stages,
+        **launch_options(early),
     )
-    return tuple(outs)
+    return *outs, *left

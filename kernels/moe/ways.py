@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..dispatch import Choice, interpreting
+from ..dispatch import Choice
+from ..early import EARLY_CAPABILITY, can_begin_early
 from ..gemm.policy import FP8_CAPABILITY, INTEGERS, fp8_choices, has_fp8_units
 from ..gemm.reference import FP8, GROUP, has_row_factors
 from ..gpus import Target
-from ..offers import capability_of
 from .config import MoeConfig, choose_config, config_text, is_forced
 from .peers import Plan, peer_choices, plan_for
 from .tall_rule import TILES, runs_tall, tall_choices
@@ -19,7 +19,6 @@ tiles apart took 54, 84, 103 and 127."""
 EARLY_TOKENS = 8
 """Up to which the second launch of whole rows begins early: an H200 saved 2 us by it with 5 and 8 tokens, and lost 1.5
 and 3 with 12 and 16."""
-EARLY_CAPABILITY = (9, 0)  # the first with programmatic dependent launch
 MANY_PAIRS = 4096  # from which on chunks sort them: as quick at 5,632 on an H200, twice as quick at 11,264
 SHORT_SCAN, LONG_SCAN = 256, 1024  # ids that a program of the sort looks at at a time
 MOST_APART = 192  # pairs up to which an H200 was quicker without sorting them: 176 by 3 to 4 %, 253 slower by 2
@@ -51,16 +50,6 @@ def suits_few(w13: torch.Tensor, w13_scale: torch.Tensor | None, quantize_activa
 def in_blocks(w13: torch.Tensor, w13_scale: torch.Tensor | None) -> bool:
     """Whether these are FP8 weights with a factor a block."""
     return w13_scale is not None and w13.dtype is FP8 and not has_row_factors(w13, w13_scale)
-
-
-def begins_early(device: torch.device) -> bool:
-    """Whether a launch can begin on `device` while the one before it still runs."""
-    return capability_of(device) >= EARLY_CAPABILITY and torch.version.hip is None and not interpreting()
-
-
-def launch_options(early: bool) -> dict[str, bool]:
-    """For a launch that begins early: left out otherwise, for not every Triton knows the option."""
-    return {"launch_pdl": True} if early else {}
 
 
 def scan_of(num_pairs: int) -> int:
@@ -142,13 +131,13 @@ def choose_way(
     if quantize and not is_forced() and runs_tall(tokens, w13, w13_scale):
         return Way(quantize, TILES, 0, True, tall=True)
     if tokens <= MAX_TOKENS and not is_forced() and suits_few(w13, w13_scale, quantize):
-        return Way(quantize, None, 0, False, early=tokens <= EARLY_TOKENS and begins_early(w13.device))
+        return Way(quantize, None, 0, False, early=tokens <= EARLY_TOKENS and can_begin_early(w13.device))
     routed = w13[: experts - num_shared] if num_shared else w13
     config = choose_config(tokens, choices - num_shared, routed, 1 if quantize else element_size)
     if chunked(pairs):
         return Way(quantize, config, 0, True)
     alone = apart(pairs, experts, config.block_m)
-    return Way(quantize, config, scan_of(pairs), False, apart=alone, early=begins_early(w13.device))
+    return Way(quantize, config, scan_of(pairs), False, apart=alone, early=can_begin_early(w13.device))
 
 
 def ways_up_to(

@@ -7,7 +7,9 @@ place.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+from ..early import begins_early, launch_options
 from ..integers import cdiv, next_power_of_2
 
 _TILE = 2048  # elements a program holds: small rows are bundled up to it
@@ -38,10 +40,15 @@ def _rms_norm_kernel(
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_H)
     mask = (rows < num_rows)[:, None] & (cols < H)[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     x_offsets = _row_offsets(rows, inner, x_stride_a, x_stride_b)[:, None] + cols[None, :]
     y_offsets = rows.to(tl.int64)[:, None] * H + cols[None, :]
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +59,6 @@ def _rms_norm_kernel(
         total = (x + other).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + y_offsets, total, mask=mask)
         x = total.to(tl.float32)  # the next layer reads the rounded sum, so that is what is normalised
-    weight = tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)
     y = x * scale[:, None]
     if GATED:
@@ -94,6 +100,7 @@ def _launch(
     other, _, other_stride_a, other_stride_b = (x, inner, 0, 0) if other is None else _rows(other)
     block = next_power_of_2(H)
     rows = max(1, min(_TILE // block, 16, next_power_of_2(num_rows)))
+    early = begins_early(y.device, num_rows)
     _rms_norm_kernel[(cdiv(num_rows, rows),)](
         x,
         other,
@@ -112,7 +119,9 @@ def _launch(
         GATED=out is not None,
         ROWS=rows,
         BLOCK_H=block,
+        EARLY=early,
         num_warps=max(4, min(16, block // 512)),
+        **launch_options(early),
     )
     return y, total
 

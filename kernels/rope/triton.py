@@ -3,7 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+from ..early import begins_early, launch_options
 from ..integers import cdiv, next_power_of_2
 
 
@@ -64,11 +66,15 @@ def _qk_norm_rope_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WRITES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program a token and head; a query head brings its gate along, a key head its value head.
 
     WRITES: keys and values go to their slots of a cache, too; the strides are those of both its tensors.
     """
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = qkv_ptr + token * qkv_stride
@@ -130,6 +136,7 @@ def qk_norm_rope(
     else:
         keys, _, slots = cache
         written = (*cache, slots.shape[0], first_slot, keys.shape[1], *keys.stride()[:3])
+    early = begins_early(qkv.device, tokens)
     _qk_norm_rope_kernel[(tokens, num_heads + num_kv_heads)](
         qkv,
         q_weight.contiguous(),
@@ -151,7 +158,9 @@ def qk_norm_rope(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_D=next_power_of_2(head_dim),
         WRITES=cache is not None,
+        EARLY=early,
         num_warps=1 if head_dim <= 128 else 2,
+        **launch_options(early),
     )
     return q, k, v, gate
 

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from qwen3next_plugin.kernels import conv, gdn
+from qwen3next_plugin.kernels import conv, early, gdn
 from qwen3next_plugin.kernels.gdn import config, triton_peers
 from qwen3next_plugin.kernels.gdn.table import PROJECTED, DecodeTile, VerifyTile
 from qwen3next_plugin.kernels.gdn.triton_split import split
@@ -64,9 +64,12 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any = None, warmup: bool
         )
         if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(self, signature, constants, attributes)
     for capability in CAPABILITIES:
-        kernel = triton.compile(source, GPUTarget("cuda", capability, 32), values)
+        if capability < 90 and "EARLY" in self.arg_names:  # no launch begins early there
+            constants[(self.arg_names.index("EARLY"),)] = False
+            values.pop("launch_pdl", None)
+        source = ASTSource(self, signature, constants, attributes)
+        kernel = triton.compile(source, GPUTarget("cuda", capability, 32), dict(values))
         shared = kernel.metadata.shared
         copies = kernel.asm["ptx"].count("cp.async.cg.shared.global")
         says = f"{self.__name__} sm_{capability} shared={shared} {resources(kernel)} copies={copies}"
@@ -200,6 +203,7 @@ def launch_around_a_peer(
 
 if __name__ == "__main__":
     JITFunction.run = compile_launch
+    vars(early)["capability_of"] = lambda device: (9, 0)
     launch_all((16, 32), 128, 128, 1000)
     CAPABILITIES = (90,)  # the tables of other GPUs never name it
     launch_merging((16, 32), 128, 128, 1000)

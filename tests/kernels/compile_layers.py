@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from qwen3next_plugin.kernels import early
 from qwen3next_plugin.kernels.gemm import policy, triton_few
 from qwen3next_plugin.kernels.gemm import triton as gemm
 from qwen3next_plugin.kernels.moe import peers, ways
@@ -60,21 +61,9 @@ def compile_only(run: Any) -> Any:
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Every kernel but the experts'."""
+    """Every kernel but the experts', and but those whose launches begin early with few rows alone."""
     x, weight = torch.zeros(8, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
-    norm.rms_norm(x, weight, 1e-6)
-    norm.add_rms_norm(x, x, weight, 1e-6)
-    heads = torch.zeros(8, 32 * 128 + 16, dtype=dtype)[:, 16:].view(8, 32, 128)
-    norm.rms_norm_gated(heads, heads, weight[:128], 1e-6, heads.contiguous())
-    qkv, positions = torch.zeros(8, 16 * 512 + 1024, dtype=dtype), torch.arange(8)
-    sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
-    rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)
-    keys, values = torch.zeros(2, 528, 2, 512, dtype=dtype).split(256, dim=-1)
-    gate = torch.zeros(8, 16 * 256, dtype=dtype)
-    written = {"gate": gate, "cache": (keys, values, positions)}
-    rope.qk_norm_rope(qkv, *[weight[:256]] * 2, torch.zeros(99, 64), positions, **sizes, eps=1e-6, **written)
     rope.sigmoid_gate(x, x)
-    moe.route(torch.zeros(8, 512, dtype=dtype), 10, True, x, weight[None])
     moe.add_shared_expert(x, x, x, weight[None])
     for rounded in ROUNDED:
         tiles_apart(torch.zeros(8, 11, dtype=torch.int32), 513, 16, x, rounded)
@@ -86,8 +75,27 @@ def launch_all(dtype: torch.dtype) -> None:
             gemm.block_fp8_matmul(torch.zeros(rows, HIDDEN, dtype=dtype), codes, scale, rounded)
 
 
+def launch_small(dtype: torch.dtype, rows: int) -> None:
+    """Norms, rotation and routing."""
+    x, weight = torch.zeros(rows, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
+    norm.rms_norm(x, weight, 1e-6)
+    norm.add_rms_norm(x, x, weight, 1e-6)
+    heads = torch.zeros(rows, 32 * 128 + 16, dtype=dtype)[:, 16:].view(rows, 32, 128)
+    norm.rms_norm_gated(heads, heads, weight[:128], 1e-6, heads.contiguous())
+    qkv, positions = torch.zeros(rows, 16 * 512 + 1024, dtype=dtype), torch.arange(rows)
+    sizes = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 256}
+    rope.qk_norm_rope(qkv, weight[:256], weight[:256], torch.zeros(99, 64), positions, **sizes, eps=1e-6)
+    keys, values = torch.zeros(2, 528, 2, 512, dtype=dtype).split(256, dim=-1)
+    gate = torch.zeros(rows, 16 * 256, dtype=dtype)
+    written = {"gate": gate, "cache": (keys, values, positions)}
+    rope.qk_norm_rope(qkv, *[weight[:256]] * 2, torch.zeros(99, 64), positions, **sizes, eps=1e-6, **written)
+    moe.route(torch.zeros(rows, 512, dtype=dtype), 10, True, x, weight[None])
+
+
 def launch_few(rows: int) -> None:
-    """The projections of a layer with few rows, FP8 and bf16: two at once, one, one behind a gate, and the router's."""
+    """The projections of a layer with few rows, FP8 and bf16: two at once, one, and the router's, all of norms; one
+    behind a gate.
+    """
     x, wide = (torch.zeros(rows, columns, dtype=torch.bfloat16) for columns in (HIDDEN, 4096))
 
     def plain(outputs: int) -> tuple[torch.Tensor, None]:
@@ -95,9 +103,13 @@ def launch_few(rows: int) -> None:
 
     codes, scale = torch.zeros(12288, HIDDEN, dtype=torch.float8_e4m3fn), torch.zeros(96, 16)
     triton_few.few_matmul(x, codes, scale, second=plain(64))
-    triton_few.few_matmul(x, codes[:9216], scale[:72])
-    triton_few.few_matmul(x, *plain(9216))
-    triton_few.few_matmul(x, *plain(512))
+    weight = torch.zeros(HIDDEN, dtype=torch.bfloat16)
+    for residual in (x, None):
+        norm = triton_few.Norm(weight, 1e-6, residual, keeps=False)
+        triton_few.few_matmul_of_norm(x, norm, codes, scale, second=plain(64))
+        triton_few.few_matmul_of_norm(x, norm, codes[:9216], scale[:72])
+        triton_few.few_matmul_of_norm(x, norm, *plain(9216))
+    triton_few.few_matmul_of_norm(x, triton_few.Norm(weight, 1e-6, x, keeps=True), *plain(512))
     for gate in (None, wide):
         triton_few.few_matmul(wide, codes.view(-1, 4096)[:HIDDEN], torch.zeros(16, 32), gate)
         triton_few.few_matmul(wide, torch.zeros(HIDDEN, 4096, dtype=torch.bfloat16), None, gate)
@@ -144,8 +156,10 @@ def main() -> None:
     driver.set_active(NamesTargetOnly())
     JITFunction.run = compile_only(JITFunction.run)
     policy.decodes_weights = lambda device: CAPABILITY < 89
-    ways.begins_early = lambda device: CAPABILITY >= 90
+    vars(early)["capability_of"] = lambda device: divmod(CAPABILITY, 10)
     launch_all(torch.bfloat16)
+    for rows in (2, 8):
+        launch_small(torch.bfloat16, rows)
     for rows in (1, 4, 16):
         launch_few(rows)
     # whole rows in two launches of which the second begins early or not; the table's first and last tile sizes

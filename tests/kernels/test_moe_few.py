@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3next_plugin.kernels import moe
+from qwen3next_plugin.kernels import early, moe
 from qwen3next_plugin.kernels.moe import ways
 from qwen3next_plugin.kernels.moe.config import forced
 from qwen3next_plugin.kernels.moe.triton import experts as experts_module
@@ -31,7 +31,7 @@ def test_few_tokens_are_not_sorted(monkeypatch: pytest.MonkeyPatch, device: str)
 @pytest.mark.parametrize("weights", ["bf16", "blocks", "rows", "int8"])
 def test_every_number_of_tokens_around_the_threshold(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows, begun early or not; then tiles apart as long as pairs are few; formats that need tiles have them."""
-    monkeypatch.setattr(ways, "begins_early", lambda device: True)
+    monkeypatch.setattr(ways, "can_begin_early", lambda device: True)
     monkeypatch.setattr(ways, "has_fp8_units", lambda device: True)
     types = {"bf16": torch.bfloat16, "int8": torch.int8}
     w13 = torch.empty(513, 64, 256, dtype=types.get(weights, torch.float8_e4m3fn), device="meta")
@@ -50,12 +50,12 @@ def test_every_number_of_tokens_around_the_threshold(weights: str, monkeypatch: 
 def test_launches_begin_early_on_gpus_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """From compute capability 9.0 on, and never in the interpreter or on a CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
-    monkeypatch.setattr(ways, "interpreting", lambda: False)
-    found = [ways.begins_early(torch.device("cuda", major)) for major in (8, 9, 12)]
+    monkeypatch.setattr(early, "interpreting", lambda: False)
+    found = [early.can_begin_early(torch.device("cuda", major)) for major in (8, 9, 12)]
     assert found == [False, torch.version.hip is None, torch.version.hip is None]
-    assert not ways.begins_early(torch.device("cpu"))
-    monkeypatch.setattr(ways, "interpreting", lambda: True)
-    assert not ways.begins_early(torch.device("cuda", 9))
+    assert not early.can_begin_early(torch.device("cpu"))
+    monkeypatch.setattr(early, "interpreting", lambda: True)
+    assert not early.can_begin_early(torch.device("cuda", 9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

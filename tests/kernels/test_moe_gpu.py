@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from qwen3next_plugin.kernels import gemm, moe
+from qwen3next_plugin.kernels.early import can_begin_early
 from qwen3next_plugin.kernels.moe import ways
 
 from .common import assert_close, assert_repeatable, tolerance
 
 pytestmark = pytest.mark.gpu
 EXPERTS, HIDDEN, INNER, TOP_K = 512, 2048, 512, 10
-CAN_BEGIN_EARLY = ways.begins_early(torch.device("cuda", 0)) if torch.cuda.is_available() else False
+CAN_BEGIN_EARLY = can_begin_early(torch.device("cuda", 0)) if torch.cuda.is_available() else False
 
 
 def weights(fp8: bool) -> tuple[Any, ...]:
@@ -61,7 +62,7 @@ def test_beginning_early_changes_no_bit(fp8: bool, monkeypatch: pytest.MonkeyPat
     for tokens in (1, 3, ways.EARLY_TOKENS, 17, 40, 400):  # whole rows, and tiles however they are sorted
         found = []
         for early in (False, True):
-            monkeypatch.setattr(ways, "begins_early", lambda device, early=early: early and CAN_BEGIN_EARLY)
+            monkeypatch.setattr(ways, "can_begin_early", lambda device, early=early: early and CAN_BEGIN_EARLY)
             x = torch.linspace(-1, 1, tokens * HIDDEN, device="cuda").view(tokens, HIDDEN).to(torch.bfloat16)
             for _ in range(20):
                 router, ids = moe.route(x[:, :EXPERTS], TOP_K, True)

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from ...early import launch_options
 from ...integers import cdiv, next_power_of_2
-from ..ways import launch_options
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import torch
 import triton
 
 from ...dispatch import interpreting
+from ...early import launch_options
 from ...gemm.policy import weight_codes
 from ...gemm.reference import GROUP, block_size
 from ...integers import cdiv, next_power_of_2
-from ..ways import launch_options
 from .few_kernels import down_kernel, gate_up_kernel
 
 _ROWS = 4  # of a weight matrix that a program holds at once, at most
@@ -57,7 +57,7 @@ def fused_moe_few(
 ) -> torch.Tensor:
     """See `kernels.moe.fused_moe`; activations stay in their dtype, last strides are 1, some pair is there.
 
-    early: the second launch may begin before the first one ends; for a GPU of which `ways.begins_early` says so.
+    early: the second launch may begin before the first one ends; for a GPU of which `can_begin_early` says so.
     """
     (tokens, hidden), choices, (num_experts, _, inner) = x.shape, topk_ids.shape[1], w2.shape
     gated = torch.empty((tokens * choices, inner), dtype=x.dtype, device=x.device)
@@ -104,6 +104,7 @@ def fused_moe_few(
         EARLY=early,
         INTERPRETED=interpreting() and not x.is_cuda,
         num_warps=num_warps,
+        **launch_options(early),
     )
     (part, rest), block_i = parts_of(choices), max(load, next_power_of_2(inner))
     block_n, num_warps = _rows((part + rest) * block_i, size, rows2)

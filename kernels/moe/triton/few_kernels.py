@@ -47,6 +47,7 @@ def gate_up_kernel(
 ):
     """out[pair, i] = silu(gate row i . x) * (up row i . x); a pair without an expert here is left as it was."""
     if EARLY:
+        cuda.gdc_wait()
         cuda.gdc_launch_dependents()  # the down product may begin; it waits for the end of this launch by itself
     # Pairs vary fastest, all tokens' last choices first and the others token by token: where all of them choose a
     # shared expert as their last one, its rows are read while the cache has them.
@@ -196,7 +197,7 @@ def down_kernel(
         )
     if EARLY:
         # Ids, routing weights and the experts' weights above were complete, and what used the memory of `out` before
-        # was done with it, when the first launch began: that one is no early launch and waited for all before it. What
+        # was done with it, when the first launch let this one begin: it had waited for all before it. What
         # follows waits for that launch, which wrote `gated`; and every program does, so that none of what comes after
         # this launch can begin before that one has ended.
         cuda.gdc_wait()

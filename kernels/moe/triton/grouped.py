@@ -6,13 +6,13 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from ...dispatch import interpreting
+from ...early import launch_options
 from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import quantize_tokens, round_to_fp8, scaled_product
 from ...gemm.triton_integer import integer_product, quantize_int8_tokens, step_of, stored_words
 from ...integers import cdiv, next_power_of_2
 from ..config import Tile
-from ..ways import launch_options
 from .align import Tiles
 
 

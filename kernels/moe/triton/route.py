@@ -3,7 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+from ...early import begins_early, launch_options
 from ...integers import next_power_of_2
 
 _TAKEN = tl.constexpr(-(2**63))
@@ -30,7 +32,11 @@ def _route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
     places = tl.arange(0, BLOCK_K)
@@ -96,7 +102,7 @@ def route(
     weights = logits.new_empty((tokens, top_k + shared), dtype=torch.float32)
     ids = logits.new_empty((tokens, top_k + shared), dtype=torch.int32)
     if tokens:
-        block = next_power_of_2(num_experts)
+        block, early = next_power_of_2(num_experts), begins_early(logits.device, tokens)
         _route_kernel[(tokens,)](
             logits,
             x,
@@ -114,7 +120,9 @@ def route(
             BLOCK_E=block,
             BLOCK_K=next_power_of_2(top_k + shared),
             BLOCK_H=next_power_of_2(x.shape[1]),
+            EARLY=early,
             num_warps=1,  # so that no maximum waits for other warps
+            **launch_options(early),
         )
     return weights, ids
 

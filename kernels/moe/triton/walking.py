@@ -11,10 +11,10 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from ...dispatch import interpreting
+from ...early import launch_options
 from ...gemm.policy import weight_codes
 from ...gemm.reference import FP8, FP8_MAX, GROUP, block_size
 from ...gemm.triton import round_to_fp8
-from ..ways import launch_options
 from .align import Tiles
 
 MOST_COLUMNS = GROUP  # of a row of weights: its inputs have one factor

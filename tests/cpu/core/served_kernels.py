@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 import qwen3next_plugin.kernels as kernels
 from qwen3next_plugin.config import Qwen3NextSpec, parse_config
 from qwen3next_plugin.expert_shard import ExpertShard
-from qwen3next_plugin.kernels import dispatch
+from qwen3next_plugin.kernels import dispatch, early
 from qwen3next_plugin.kernels.gdn import DraftRecords, PackedRows, config, gdn_commit, peers
 from qwen3next_plugin.kernels.gdn.step import DraftRows, PrefillRows, RecurrentRows, gdn_step
 from qwen3next_plugin.kernels.gemm import policy
@@ -226,21 +226,24 @@ class Dense:
         self.spec = small_spec()
         self.gdn = GdnParts(self.spec, lent(), "model.layers.0.linear_attn")
         self.attention = GatedAttentionParts(self.spec, lent(), torch.zeros(8, 4), "model.layers.3.self_attn")
-        self.router = SparseMoE(self.spec, lent(), "model.layers.0.mlp").gate
+        self.mlp = SparseMoE(self.spec, lent(), "model.layers.0.mlp")
+        self.norm = ZeroCentredRMSNorm(self.spec.hidden_size, 1e-6)
 
     def models(self) -> list[nn.Module]:
-        return [self.gdn, self.attention, self.router]
+        return [self.gdn, self.attention, self.mlp.gate]
 
     def serving(self) -> dict[str, Any]:
         return {}
 
     def serve(self, tokens: int) -> None:
         x, gdn = torch.zeros(tokens, self.spec.hidden_size), self.spec.gdn
-        self.gdn.project(x)
+        for residual in (x, None):
+            self.gdn.project(x, residual, self.norm)
+            qkv, _ = self.attention.project(x, residual, self.norm)
         self.gdn.finish(torch.zeros(tokens, gdn.num_v_heads, gdn.head_v_dim))
-        q, _, _, gate = self.attention.split(torch.zeros(tokens, dtype=torch.int64), self.attention.qkv_proj(x)[0])
+        q, _, _, gate = self.attention.split(torch.zeros(tokens, dtype=torch.int64), qkv)
         self.attention.finish(q, gate)
-        self.router(x)
+        self.mlp.router.of_norm(x, x, self.norm)
 
 
 class Mixture:
@@ -287,7 +290,7 @@ class Mixture:
 
     def serve(self, tokens: int) -> None:
         x = torch.zeros(tokens, self.spec.hidden_size, dtype=BF16)
-        self.layer(x)
+        self.layer.mixture(x, self.layer.gate(x)[0])
         if hasattr(self.layer, "dense"):
             self.layer.dense(x)
 
@@ -335,7 +338,8 @@ def main(kind: str) -> None:
         patch.object(JITFunction, "run", note),
         patch.object(policy, "has_fp8_units", lambda device: True),
         patch.object(ways, "has_fp8_units", lambda device: True),
-        patch.object(ways, "begins_early", lambda device: True),
+        patch.object(ways, "can_begin_early", lambda device: True),
+        patch.object(early, "can_begin_early", lambda device: True),
     ):
         warm_up(case.models(), Serving(BF16, device, MAX_TOKENS, 3, **case.serving()))
         warm = set(specializations)
