@@ -205,7 +205,7 @@ class DecoderLayer(nn.Module):
 
         ``step`` is what the engine's mixers take besides, such as SGLang's ForwardBatch.
         """
-        # The norms are part of what follows them: with a row or two they take no launch of their own.
+        # The norms are part of what follows them: with one row they take no launch of their own.
         before = (hidden_states, residual, self.input_layernorm)
         if self.kind is LayerKind.LINEAR:
             hidden_states, residual = self.linear_attn(*before, *step)

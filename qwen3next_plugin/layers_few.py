@@ -97,7 +97,7 @@ class FewRows:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each layer's product of norm(x + residual), then, if it is kept, the norm itself; and the sum.
 
-        x and residual [T, K] have passed `runs`. With one row, and most often with two, all of it is one launch.
+        x and residual [T, K] have passed `runs`. With one row all of it is one launch.
         """
         inputs, weights = (x, residual, norm.weight, norm.eps), self._weights()
         if torch.compiler.is_compiling():

@@ -200,9 +200,8 @@ def few_matmul_of_norm(
 
     x and residual (or None: nothing is added) [M, K], norm_weight [K]; weights as `few_matmul` takes them -> [M, N],
     with a second weight [M, N2], with a residual the sum [M, K], and with ``keep`` the norm itself [M, K], in this
-    order. One launch where the products are vectors and a program holds whole rows (one row of x, and two with weights
-    that are not wide FP8 ones; K up to 4,096 bytes of a weight's row), otherwise two. Raises ValueError for what does
-    not fit.
+    order. One launch for one row of up to 4,096 bytes of a weight, otherwise two. Raises ValueError for what does not
+    fit.
     """
     weights = [(weight, scale_inv)] if second is None else [(weight, scale_inv), (second, second_scale_inv)]
     for one, name in zip(weights, ("weight", "second"), strict=False):

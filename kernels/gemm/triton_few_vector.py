@@ -1,4 +1,4 @@
-"""One or two rows with a weight matrix as vector products, the rows behind a gate, or normed first, or as they are."""
+"""One or two rows with a weight matrix as vector products: the rows as they are, behind a gate, or one row normed."""
 
 import triton
 import triton.language as tl
@@ -150,6 +150,7 @@ def vector_products(
     lanes = begins[:, None] + tl.arange(0, LOAD)[None, :]
     w_ptrs = w_ptr + rows.to(tl.int64)[:, None, None] * w_stride + lanes[None]
     scale_ptr += (first // SCALE_N) * scale_stride_n
+    tl.static_assert(not NORMED or (ONE_STEP and ROWS_OF_X == 1), "a norm is of one row, which a program holds whole")
     row0 = m.to(tl.int64)
     row1 = tl.minimum(m + 1, M - 1).to(tl.int64)  # beyond M: the one before once more
     if ONE_STEP:  # all of the weight's part is on its way before x is there
@@ -167,12 +168,11 @@ def vector_products(
         _store_row(out_ptr, row0, N, rows, tl.sum(w * x[None], axis=2) * factor)
         if ROWS_OF_X > 1:
             x = _row_of_x(
-                x_ptr, other_ptr, total_ptr, kept_ptr, norm_weight, row1, 0, K, lanes, x_stride, other_stride, eps,
-                stores, GATED, NORMED, ADDED, KEPT, WHOLE,
+                x_ptr, other_ptr, total_ptr, kept_ptr, 0.0, row1, 0, K, lanes, x_stride, other_stride, eps, stores,
+                GATED, False, False, False, WHOLE,
             )  # fmt: skip
             _store_row(out_ptr, row1, N, rows, tl.sum(w * x[None], axis=2) * factor)
     else:
-        tl.static_assert(not NORMED, "a norm needs whole rows")
         if EARLY:
             cuda.gdc_wait()
             cuda.gdc_launch_dependents()

@@ -16,7 +16,7 @@ ACTIVATION = "qwen3next-plugin"
 REFUSALS = ("qwen3next-plugin: ", f"{STAND_INS}: ")
 """What the sentence begins with when the plugin, or the test aid beside it, stops an engine."""
 
-_EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+")
+_EXCEPTION = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception|Interrupt): .+|(?<=: error: ).+")  # or a wrong flag
 
 _WARNING = re.compile(r"\bWARNING\b")
 

@@ -47,6 +47,11 @@ TEST AID: {STAND_INS} stands in for sgl_kernel and torchvision; this server is f
             "(EngineCore) ERROR 11-27 [core.py:1510] ValueError: Free memory on device cuda:0\n",
             "ValueError: Free memory on device cuda:0",
         ),
+        (
+            "usage: launch_server.py [-h] --model-path MODEL_PATH\n"
+            "launch_server.py: error: unrecognized arguments: --cuda-graph-max-bs 16\n",
+            "unrecognized arguments: --cuda-graph-max-bs 16",
+        ),
         ("killed\n", ""),
     ],
 )
