@@ -88,9 +88,7 @@ class FewRows:
 
     def __call__(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> list[torch.Tensor]:
         """x [T, K], which has passed `runs`, behind a gate or not -> each layer's [T, N], not summed over ranks."""
-        if torch.compiler.is_compiling():
-            return dense(x, gate, *self._weights(), LayerKey(self.name))
-        return _run(self, x, gate, *self._weights())
+        return self._product(x, gate)
 
     def of_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
@@ -99,13 +97,20 @@ class FewRows:
 
         x and residual [T, K] have passed `runs`. With one row all of it is one launch.
         """
-        inputs, weights = (x, residual, norm.weight, norm.eps), self._weights()
-        if torch.compiler.is_compiling():
-            found = dense_of_norm(*inputs, *weights, self.keeps, LayerKey(self.name))
-        else:
-            found = _run_of_norm(self, *inputs, *weights, self.keeps)
+        found = self._product(x, None, residual, norm.weight, norm.eps)
         products, left = found[: len(self.layers)], found[len(self.layers) :]
         return products + left[len(left) - self.keeps :], x if residual is None else left[0]
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        norm_weight: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> list[torch.Tensor]:
+        call = (x, gate, residual, norm_weight, eps, *self._weights(), self.keeps)
+        return dense(*call, LayerKey(self.name)) if torch.compiler.is_compiling() else _run(self, *call)
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         second = _weight(self.layers[1]) if len(self.layers) > 1 else (None, None)
@@ -147,13 +152,28 @@ def _run(
     few: FewRows,
     x: torch.Tensor,
     gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     weight: torch.Tensor,
     scale_inv: torch.Tensor | None,
     second: torch.Tensor | None,
     second_scale_inv: torch.Tensor | None,
+    keep: bool,
 ) -> list[torch.Tensor]:
-    if not runs_few(x.shape[0], weight):
-        return few.by_engine(x, gate)
+    by_us, left = runs_few(x.shape[0], weight), []
+    if norm_weight is not None:
+        if by_us:
+            weights = (weight, scale_inv, second, second_scale_inv)
+            return few_matmul_of_norm(x, residual, norm_weight, eps, *weights, keep=keep)
+        if residual is None:
+            x = rms_norm(x, norm_weight, eps)
+        else:
+            x, total = add_rms_norm(x, residual, norm_weight, eps)
+            left = [total]
+        left += [x] if keep else []
+    if not by_us:
+        return few.by_engine(x, gate) + left
     if second is None:
         return [few_matmul(x, weight, scale_inv, gate)]
     return list(few_matmul_pair(x, weight, scale_inv, second, second_scale_inv))
@@ -162,90 +182,43 @@ def _run(
 def _dense_fake(
     x: torch.Tensor,
     gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     weight: torch.Tensor,
     scale_inv: torch.Tensor | None,
     second: torch.Tensor | None,
     second_scale_inv: torch.Tensor | None,
+    keep: bool,
     key: LayerKey,
 ) -> list[torch.Tensor]:
-    return [x.new_empty((x.shape[0], each.shape[0])) for each in (weight, second) if each is not None]
+    outs = [x.new_empty((x.shape[0], each.shape[0])) for each in (weight, second) if each is not None]
+    return outs + [x.new_empty(x.shape) for wanted in (residual is not None, keep) if wanted]
 
 
 @dispatch.custom_op(fake=_dense_fake)
 def dense(
     x: torch.Tensor,
     gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
     weight: torch.Tensor,
     scale_inv: torch.Tensor | None,
     second: torch.Tensor | None,
     second_scale_inv: torch.Tensor | None,
+    keep: bool,
     key: LayerKey,
 ) -> list[torch.Tensor]:
-    """The products of the `FewRows` of this name, whose weights these are. RuntimeError if they are another's."""
-    return _run(_named(key, weight), x, gate, weight, scale_inv, second, second_scale_inv)
+    """The products of the `FewRows` of this name, whose weights these are, of x, x behind a gate, or a norm.
 
-
-def _named(key: LayerKey, weight: torch.Tensor) -> FewRows:
+    With a residual its sum with x comes behind them, and what is kept of the norm comes last. RuntimeError if the
+    weights are another's.
+    """
     few = _BY_NAME.get(key.name)
     if few is None or _weight(few.layers[0])[0].data_ptr() != weight.data_ptr():
         raise RuntimeError(
             f"the compiled layer {key.name!r} is no longer the last of its name in this process: start one engine in it"
         )
-    return few
-
-
-def _run_of_norm(
-    few: FewRows,
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    scale_inv: torch.Tensor | None,
-    second: torch.Tensor | None,
-    second_scale_inv: torch.Tensor | None,
-    keep: bool,
-) -> list[torch.Tensor]:
-    if runs_few(x.shape[0], weight):
-        weights = (weight, scale_inv, second, second_scale_inv)
-        return few_matmul_of_norm(x, residual, norm_weight, eps, *weights, keep=keep)
-    if residual is None:
-        y, left = rms_norm(x, norm_weight, eps), []
-    else:
-        y, total = add_rms_norm(x, residual, norm_weight, eps)
-        left = [total]
-    return [*few.by_engine(y, None), *left, *([y] if keep else [])]
-
-
-def _dense_of_norm_fake(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    scale_inv: torch.Tensor | None,
-    second: torch.Tensor | None,
-    second_scale_inv: torch.Tensor | None,
-    keep: bool,
-    key: LayerKey,
-) -> list[torch.Tensor]:
-    outs = _dense_fake(x, None, weight, scale_inv, second, second_scale_inv, key)
-    return outs + [x.new_empty(x.shape) for wanted in (residual is not None, keep) if wanted]
-
-
-@dispatch.custom_op(fake=_dense_of_norm_fake)
-def dense_of_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    scale_inv: torch.Tensor | None,
-    second: torch.Tensor | None,
-    second_scale_inv: torch.Tensor | None,
-    keep: bool,
-    key: LayerKey,
-) -> list[torch.Tensor]:
-    """`dense` of norm(x + residual); then the sum, if there is a residual, and the norm, if it is to be kept."""
     weights = (weight, scale_inv, second, second_scale_inv)
-    return _run_of_norm(_named(key, weight), x, residual, norm_weight, eps, *weights, keep)
+    return _run(few, x, gate, residual, norm_weight, eps, *weights, keep)
