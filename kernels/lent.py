@@ -15,7 +15,8 @@ def _projections(target: Target) -> list[Choice]:
     few = Choice(
         f"up to {MAX_ROWS} rows, weights as loaded, FP8 in blocks too",
         PLUGIN,
-        f"few_matmul, in one launch; up to {UNEVEN_ROWS} where tiles of a wide FP8 weight leave most of a round idle",
+        "few_matmul, in one launch, of one row with the norm before it; up to "
+        f"{UNEVEN_ROWS} where tiles of a wide FP8 weight leave most of a round idle",
     )
     return [
         *([] if target is NO_GPU else [few]),
