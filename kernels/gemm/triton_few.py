@@ -3,7 +3,7 @@
 Up to `VECTOR_ROWS` rows are vector products on the plain cores: a program holds all of x and a few of the weight's
 rows, most often whole, and issues their loads before it uses one. More rows are matrix products of 8 or 16 rows, in
 which the warps of a program share the columns among them and are summed at its end. Nothing is summed across programs:
-no atomics, and equal inputs give equal bits. Activations are never rounded to FP8.
+no atomics, and equal inputs give equal bits. Activations are never rounded to FP8. One row may come before its norm.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,6 @@ _TILE_ROWS = (8, 16)  # of x in a matrix product
 _LOAD_BYTES = 16  # that a thread takes at once
 _ROW_BYTES = 4096  # of one of the weight's rows in flight
 _PROGRAMS = 256  # two for each multiprocessor of a Hopper GPU
-
-
 NORMED_ROWS = 8
 """Of a weight that a program with a norm before its product holds: each program norms x anew, so they should be few. An
 H200 took 41.3 us a layer of one row, 43.5 with 4 of them, 42.5 with 16, and 41.8 with the norms in launches of their
