@@ -59,11 +59,9 @@ class GdnParts(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of the sum's norm this rank's qkvz [T, conv_dim + HV * V] and ba [T, 2 * HV]; the sum [T, hidden_size]."""
-        if self.in_proj.runs(hidden_states, self.in_proj_qkvz, self.in_proj_ba):
-            (qkvz, ba), residual = self.in_proj.of_norm(hidden_states, residual, norm)
-            return qkvz, ba, residual
-        hidden_states, residual = norm.add(hidden_states, residual)
-        return self.in_proj_qkvz(hidden_states)[0], self.in_proj_ba(hidden_states)[0], residual
+        layers = (self.in_proj_qkvz, self.in_proj_ba)
+        (qkvz, ba), residual = self.in_proj.of_norm(hidden_states, residual, norm, *layers)
+        return qkvz, ba, residual
 
     def gates(self, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of that projection: a and b, each [T, HV]."""
@@ -139,11 +137,8 @@ class GatedAttentionParts(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's queries, gates, keys and values of the sum's norm, and the sum [T, hidden_size]."""
-        if self.in_proj.runs(hidden_states, self.qkv_proj):
-            (qkv,), residual = self.in_proj.of_norm(hidden_states, residual, norm)
-            return qkv, residual
-        hidden_states, residual = norm.add(hidden_states, residual)
-        return self.qkv_proj(hidden_states)[0], residual
+        (qkv,), residual = self.in_proj.of_norm(hidden_states, residual, norm, self.qkv_proj)
+        return qkv, residual
 
     def split(
         self, positions: torch.Tensor, qkv: torch.Tensor, places: Places | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import IntegerFormat
-from .kernels.norm import add_rms_norm, rms_norm
+from .kernels.norm import norm_of_sum, rms_norm
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,4 @@ class ZeroCentredRMSNorm(WeightHolder):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual); without a residual x starts it."""
-        if residual is None:
-            return self(x), x
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return norm_of_sum(x, residual, self.weight, self.eps)

@@ -19,7 +19,7 @@ from torch._opaque_base import OpaqueBase
 
 from .kernels import dispatch
 from .kernels.gemm import few_matmul, few_matmul_of_norm, few_matmul_pair, fits_few, runs_few
-from .kernels.norm import add_rms_norm, rms_norm
+from .kernels.norm import norm_of_sum
 from .kernels.rope import sigmoid_gate
 from .layers_base import ZeroCentredRMSNorm
 
@@ -91,12 +91,16 @@ class FewRows:
         return self._product(x, gate)
 
     def of_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
+        self, x: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm, *present: nn.Module
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each layer's product of norm(x + residual), then, if it is kept, the norm itself; and the sum.
 
-        x and residual [T, K] have passed `runs`. With one row all of it is one launch.
+        x and residual [T, K]; ``present`` as in `runs`: where that says no, they are called with the norm. With one row
+        all of it is one launch.
         """
+        if not self.runs(x, *present):
+            y, total = norm.add(x, residual)
+            return [layer(y)[0] for layer in present] + [y] * self.keeps, total
         found = self._product(x, None, residual, norm.weight, norm.eps)
         products, left = found[: len(self.layers)], found[len(self.layers) :]
         return products + left[len(left) - self.keeps :], x if residual is None else left[0]
@@ -161,19 +165,14 @@ def _run(
     second_scale_inv: torch.Tensor | None,
     keep: bool,
 ) -> list[torch.Tensor]:
-    by_us, left = runs_few(x.shape[0], weight), []
+    if not runs_few(x.shape[0], weight):
+        if norm_weight is None:
+            return few.by_engine(x, gate)
+        y, total = norm_of_sum(x, residual, norm_weight, eps)
+        return few.by_engine(y, None) + [left for left, wanted in ((total, residual is not None), (y, keep)) if wanted]
     if norm_weight is not None:
-        if by_us:
-            weights = (weight, scale_inv, second, second_scale_inv)
-            return few_matmul_of_norm(x, residual, norm_weight, eps, *weights, keep=keep)
-        if residual is None:
-            x = rms_norm(x, norm_weight, eps)
-        else:
-            x, total = add_rms_norm(x, residual, norm_weight, eps)
-            left = [total]
-        left += [x] if keep else []
-    if not by_us:
-        return few.by_engine(x, gate) + left
+        weights = (weight, scale_inv, second, second_scale_inv)
+        return few_matmul_of_norm(x, residual, norm_weight, eps, *weights, keep=keep)
     if second is None:
         return [few_matmul(x, weight, scale_inv, gate)]
     return list(few_matmul_pair(x, weight, scale_inv, second, second_scale_inv))

@@ -176,11 +176,8 @@ class SparseMoE(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm: ZeroCentredRMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both [T, hidden_size] -> the output for their sum's norm, summed over the ranks, and the sum."""
-        if self.router.runs(hidden_states, self.gate):
-            (logits, normed), residual = self.router.of_norm(hidden_states, residual, norm)
-            return self.mixture(normed, logits), residual
-        hidden_states, residual = norm.add(hidden_states, residual)
-        return self.mixture(hidden_states, self.gate(hidden_states)[0]), residual
+        (logits, hidden_states), residual = self.router.of_norm(hidden_states, residual, norm, self.gate)
+        return self.mixture(hidden_states, logits), residual
 
     def mixture(self, hidden_states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size], by the router's [T, E] -> [T, hidden_size], summed over the ranks."""

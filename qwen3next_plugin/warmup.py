@@ -149,7 +149,7 @@ def _few_rows(few: FewRows, serving: Serving) -> None:
             few(x, serving.zeros(tokens, columns) if few.gated else None)
             continue
         for residual in (x,) if few.keeps else (x, None):  # a model's first layer has none
-            few.of_norm(x, residual, norm)
+            few.of_norm(x, residual, norm, *few.layers)
 
 
 @singledispatch

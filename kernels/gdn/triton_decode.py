@@ -265,7 +265,6 @@ def gdn_decode_fused(
         "HAS_SNAPSHOT": snapshot_slots is not None,
         "num_warps": num_warps,
     }
-    early = begins_early(out.device, max(rows, tokens))
     if tiled and tile.num_stages > 1:
         scratch = torch.empty(2 * rows * v_heads * value_dim, dtype=torch.float32, device=out.device)
         gdn_decode_staged_kernel[(programs,)](
@@ -282,6 +281,6 @@ def gdn_decode_fused(
             STAGES=tile.num_stages,
         )
         return
-    blocks = next_power_of_2(tiles)
+    blocks, early = next_power_of_2(tiles), begins_early(out.device, max(rows, tokens))
     ahead = {"V_BLOCKS": blocks, "AHEAD": tiled, "EARLY": early, **launch_options(early)}
     _gdn_decode_kernel[(programs,)](*inputs, conv_state, ssm_state, out, *numbers, **shape, **ahead)

@@ -4,7 +4,7 @@ import torch
 
 from .. import dispatch
 from ..checks import FLOATS
-from ..norm import reference as norms
+from ..norm import norm_of_sum
 from .policy import has_fp8_units
 from .reference import FP8, block_size, dequantize_block, has_row_factors
 
@@ -78,10 +78,10 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, scale_inv: torch.Tens
         )
 
 
-def _check_gate(x: torch.Tensor, gate: torch.Tensor | None) -> None:
-    if gate is not None and (gate.shape != x.shape or gate.dtype != x.dtype):
+def _check_alike(op: str, x: torch.Tensor, other: torch.Tensor | None, name: str) -> None:
+    if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
         raise ValueError(
-            f"few_matmul: gate is {gate.dtype} {list(gate.shape)}; it must be as x, {x.dtype} {list(x.shape)}"
+            f"{op}: {name} is {other.dtype} {list(other.shape)}; it must be as x, {x.dtype} {list(x.shape)}"
         )
 
 
@@ -119,7 +119,7 @@ def few_matmul(
     dtype, accumulated in float32. Raises ValueError for what does not fit.
     """
     _check("few_matmul", x, weight, scale_inv, "weight")
-    _check_gate(x, gate)
+    _check_alike("few_matmul", x, gate, "gate")
     if dispatch.choose(x, backend) == dispatch.REFERENCE:
         compute = torch.promote_types(x.dtype, torch.float32)
         values = x.to(compute) if gate is None else x.to(compute) * torch.sigmoid(gate.to(compute))
@@ -203,26 +203,21 @@ def few_matmul_of_norm(
     order. One launch for one row of up to 4,096 bytes of a weight, otherwise two. Raises ValueError for what does not
     fit.
     """
-    weights = [(weight, scale_inv)] if second is None else [(weight, scale_inv), (second, second_scale_inv)]
-    for one, name in zip(weights, ("weight", "second"), strict=False):
-        _check("few_matmul_of_norm", x, *one, name)
+    further = None if second is None else (second, second_scale_inv)
+    _check("few_matmul_of_norm", x, weight, scale_inv, "weight")
+    if further is not None:
+        _check("few_matmul_of_norm", x, *further, "second")
     if norm_weight.shape != x.shape[1:]:
         raise ValueError(
             f"few_matmul_of_norm: norm_weight is {list(norm_weight.shape)} and x is {list(x.shape)}; norm_weight must "
             f"be [{x.shape[1]}]"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"few_matmul_of_norm: residual is {residual.dtype} {list(residual.shape)}; it must be as x, {x.dtype} "
-            f"{list(x.shape)}"
-        )
+    _check_alike("few_matmul_of_norm", x, residual, "residual")
     if dispatch.choose(x, backend) == dispatch.REFERENCE:
-        y, total = norms.rms_norm(x, norm_weight, eps), x
-        if residual is not None:
-            y, total = norms.add_rms_norm(x, residual, norm_weight, eps)
-        outs = [_reference(y, *one).to(x.dtype) for one in weights]
+        y, total = norm_of_sum(x, residual, norm_weight, eps, backend=backend)
+        outs = [_reference(y, *one).to(x.dtype) for one in ((weight, scale_inv), further) if one is not None]
         return outs + [left for left, wanted in ((total, residual is not None), (y, keep)) if wanted]
     from . import triton_few
 
     norm = triton_few.Norm(norm_weight, eps, residual, keep)
-    return list(triton_few.few_matmul_of_norm(x, norm, weight, scale_inv, weights[1] if len(weights) > 1 else None))
+    return list(triton_few.few_matmul_of_norm(x, norm, weight, scale_inv, further))

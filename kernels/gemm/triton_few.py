@@ -160,9 +160,10 @@ def few_matmul_of_norm(
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """See `kernels.gemm.few_matmul_of_norm`; the arguments are taken as checked. ``tiles`` as in `few_matmul`."""
-    cuts = _cuts(x, weight, scale_inv, second, tiles, normed=True)
-    if x.shape[0] == 1 and all(cut.tile.vector and cut.one_step and cut.programs for cut in cuts):
-        return _launch(x, cuts, None, norm)
+    if x.shape[0] == 1:
+        cuts = _cuts(x, weight, scale_inv, second, tiles, normed=True)
+        if all(cut.tile.vector and cut.one_step and cut.programs for cut in cuts):
+            return _launch(x, cuts, None, norm)
     y, total = norm.apart(x)
     outs = _launch(y, _cuts(x, weight, scale_inv, second, tiles), None, None)
     return *outs, *([] if norm.residual is None else [total]), *([y] if norm.keeps else [])

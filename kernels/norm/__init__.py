@@ -65,6 +65,15 @@ def add_rms_norm(
     return triton.add_rms_norm(x, residual, weight, eps)
 
 
+def norm_of_sum(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm`; without a residual the `rms_norm` of x, and x itself as the sum."""
+    if residual is None:
+        return rms_norm(x, weight, eps, backend=backend), x
+    return add_rms_norm(x, residual, weight, eps, backend=backend)
+
+
 def rms_norm_gated(
     x: torch.Tensor,
     z: torch.Tensor,

@@ -53,6 +53,8 @@ def test_launches_begin_early_on_gpus_that_can(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(early, "interpreting", lambda: False)
     found = [early.can_begin_early(torch.device("cuda", major)) for major in (8, 9, 12)]
     assert found == [False, torch.version.hip is None, torch.version.hip is None]
+    rows = [early.begins_early(torch.device("cuda", 9), rows) for rows in (1, early.EARLY_ROWS, early.EARLY_ROWS + 1)]
+    assert rows == [found[1], found[1], False]
     assert not early.can_begin_early(torch.device("cpu"))
     monkeypatch.setattr(early, "interpreting", lambda: True)
     assert not early.can_begin_early(torch.device("cuda", 9))

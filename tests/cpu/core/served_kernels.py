@@ -243,7 +243,7 @@ class Dense:
         self.gdn.finish(torch.zeros(tokens, gdn.num_v_heads, gdn.head_v_dim))
         q, _, _, gate = self.attention.split(torch.zeros(tokens, dtype=torch.int64), qkv)
         self.attention.finish(q, gate)
-        self.mlp.router.of_norm(x, x, self.norm)
+        self.mlp.router.of_norm(x, x, self.norm, self.mlp.gate)
 
 
 class Mixture:

@@ -95,7 +95,7 @@ def test_the_routers_logits(forced: str) -> None:
     before = norm(forced)
     for rows in (1, 3, 20):
         x = torch.randn(rows, HIDDEN, device=forced)
-        (logits, y), total = moe.router.of_norm(x, x, before)
+        (logits, y), total = moe.router.of_norm(x, x, before, moe.gate)
         assert relative_error(logits, moe.gate.exact(y)) < 1e-6
         assert relative_error(y, before(x + x).double()) < 1e-6 and torch.equal(total, x + x)
     assert moe.gate.quant_method.rows == [20]
